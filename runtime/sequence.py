@@ -1,0 +1,52 @@
+"""A sequence: one prompt and one of its samples, with its place in the KV cache. No tensors."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from porter.runtime.sampling import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """State of one sample while it is served.
+
+    `index` counts the n samples of a request, `seed` drives its random numbers, `stop_ids` are the token ids that end it.
+    `block_table` holds block ids, `block_hashes` the prefix hashes of its full blocks as far as known, and `row` its
+    row in the batch arrays while it runs. `num_computed_tokens` tokens have their keys and values in the cache;
+    `num_cached_tokens` of them came from a shared prefix when it first ran, -1 before that.
+    `num_prompt_logprobs` are wanted for each prompt token (None: not at all), and done for the first few.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    index: int = 0
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    output_token_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = -1
+    num_prompt_logprobs: int | None = None
+    num_prompt_logprobs_done: int = 0
+    row: int = -1
+    status: SequenceStatus = SequenceStatus.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids `start` to `stop` of the prompt followed by the output."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        output = self.output_token_ids[max(start - num_prompt, 0) : stop - num_prompt]
+        return self.prompt_token_ids[start:] + output if start < num_prompt else output
