@@ -1,0 +1,35 @@
+"""Whether Triton runs here: on a GPU, or in its interpreter. Without either, kernels are never compiled nor imported."""
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load() -> tuple[Any, Any]:
+    if INTERPRETED or torch.cuda.is_available():
+        try:
+            import triton
+            import triton.language
+        except ImportError:
+            pass
+        else:
+            return triton, triton.language
+
+    def undecorated(function: Callable[..., object]) -> Callable[..., object]:
+        return function
+
+    return SimpleNamespace(jit=undecorated), SimpleNamespace(constexpr=int)
+
+
+triton, tl = _load()
+HAS_TRITON = hasattr(triton, "__version__")
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether a launcher should run its Triton kernel for `tensor`."""
+    return HAS_TRITON and tensor.is_cuda

@@ -1,0 +1,38 @@
+"""Linear with int8 weights and one scale per output channel."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+CASES: list[dict[str, Any]] = [
+    {"num_tokens": 1, "in_features": 64, "out_features": 48, "bias": True},
+    {"num_tokens": 7, "in_features": 33, "out_features": 65, "bias": False},
+]
+
+
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight `[..., out, in]` -> int8 of the same shape and float32 scales `[..., out]`; weight ~ int8 * scale."""
+    weight = weight.float()
+    scale = weight.abs().amax(-1).clamp(min=1e-12) / 127
+    return (weight / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The float weight `[..., out, in]` that int8 `weight` and `scale` `[..., out]` stand for."""
+    return (weight.float() * scale[..., None]).to(dtype)
+
+
+def int8_linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x `[..., in]`, int8 weight `[out, in]`, scale `[out]` -> `[..., out]`."""
+    return F.linear(x, dequantize_int8(weight, scale, x.dtype), bias)
+
+
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x `[..., in]`, int8 weight `[out, in]`, scale `[out]` -> `[..., out]` in x's dtype."""
+    y = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+    return y if bias is None else y + bias

@@ -1,0 +1,172 @@
+"""Attention over the paged KV cache: plain, with RoPE, with ALiBi. Head counts are this rank's."""
+
+import torch
+from torch import nn
+
+from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention
+from porter.kernels.rotary_embedding import rotary_embedding
+from porter.kernels.store_kv_cache import store_kv_cache
+from porter.runtime.errors import ConfigError
+from porter.runtime.layers.rope import RopeParameters, RotaryEmbedding
+from porter.runtime.layers.sharding import shard_parameter
+from porter.runtime.metadata import AttentionMetadata
+from porter.runtime.parallel import get_tp_rank, get_tp_size
+
+
+class PagedAttention(nn.Module):
+    """Causal attention of new tokens over all cached ones, with the traits that models differ in."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scaling: float,
+        *,
+        num_kv_heads: int | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = head_dim
+        if num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads = {num_heads} does not divide by num_kv_heads = {num_kv_heads}", "check the model's config"
+            )
+        self.traits = AttentionTraits(scaling, sliding_window, softcap)
+        self.alibi_slopes: torch.Tensor | None = None
+        if sinks is not None:
+            shard_parameter(sinks)
+        # Kept out of the parameters: the port registers and names it.
+        self._sinks = [] if sinks is None else [sinks]
+
+    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:
+        """The shape of this layer's kv_cache."""
+        return 2, num_blocks, block_size, self.num_kv_heads, self.head_dim
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads * head_dim] or [num_tokens, num_heads, head_dim]
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`[num_tokens, num_heads * head_dim]`; key and value are stored in kv_cache first."""
+        query = query.view(-1, self.num_heads, self.head_dim)
+        key = key.view(-1, self.num_kv_heads, self.head_dim)
+        value = value.view(-1, self.num_kv_heads, self.head_dim)
+        store_kv_cache(key, value, kv_cache, attn_metadata.slot_mapping)
+        batch = attn_metadata.once("batch", lambda: _batch(attn_metadata))
+        sinks = self._sinks[0] if self._sinks else None
+        out = paged_attention(query, kv_cache, batch, self.traits, sinks, self.alibi_slopes)
+        return out.view(-1, self.num_heads * self.head_dim)
+
+
+def _batch(m: AttentionMetadata) -> PagedBatch:
+    return PagedBatch(m.block_tables, m.context_lens, m.cu_seqlens_q, m.max_seqlen_q, m.max_context_len)
+
+
+_rotary_embeddings: dict[str, RotaryEmbedding] = {}
+
+
+def _get_rotary_embedding(
+    rope_parameters: RopeParameters, head_dim: int, max_position: int, rotary_dim: int | None
+) -> RotaryEmbedding:
+    """One embedding for all layers that rotate alike, so that a step computes cos and sin once."""
+    rope = RotaryEmbedding(rope_parameters, head_dim, max_position, rotary_dim)
+    key = f"{rope.inv_freq.tolist()} {rope.attention_scaling}"
+    return _rotary_embeddings.setdefault(key, rope)
+
+
+class PagedAttentionWithRoPE(PagedAttention):
+    """Rotates query and key by their positions first: halves of the first rotary_dim dimensions, or even/odd pairs."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scaling: float,
+        *,
+        rope_parameters: RopeParameters,
+        max_position: int,
+        num_kv_heads: int | None = None,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_dim,
+            scaling,
+            num_kv_heads=num_kv_heads,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        self.interleaved = interleaved
+        self.rotary_emb = _get_rotary_embedding(rope_parameters, head_dim, max_position, rotary_dim)
+
+    def forward(  # type: ignore[override]
+        self,
+        positions: torch.Tensor,  # [num_tokens]
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`[num_tokens, num_heads * head_dim]`; the rotated key is what the cache holds."""
+        rope = self.rotary_emb
+        cos, sin = attn_metadata.once((id(rope), query.dtype), lambda: rope(positions, query.dtype))
+        query = rotary_embedding(query.view(-1, self.num_heads, self.head_dim), cos, sin, self.interleaved)
+        key = rotary_embedding(key.view(-1, self.num_kv_heads, self.head_dim), cos, sin, self.interleaved)
+        return super().forward(query, key, value, kv_cache, attn_metadata)
+
+
+class PagedAttentionWithALiBi(PagedAttention):
+    """Adds slope * key position to each score. alibi_slopes: float32, one per head of ALL ranks."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scaling: float,
+        *,
+        alibi_slopes: torch.Tensor,
+        num_kv_heads: int | None = None,
+        bias_dtype: torch.dtype | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_dim,
+            scaling,
+            num_kv_heads=num_kv_heads,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
+        total = num_heads * get_tp_size()
+        if alibi_slopes.shape != (total,):
+            raise ConfigError(f"expected {total} ALiBi slopes, found {tuple(alibi_slopes.shape)}", "pass one per head")
+        self.traits = AttentionTraits(scaling, sliding_window, softcap, bias_dtype)
+        # Not a buffer: a cast of the model must not round it.
+        self.alibi_slopes = alibi_slopes[get_tp_rank() * num_heads :][:num_heads].float()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """`[num_tokens, num_heads * head_dim]`."""
+        if self.alibi_slopes is not None and self.alibi_slopes.device != query.device:
+            self.alibi_slopes = self.alibi_slopes.to(query.device)
+        return super().forward(query, key, value, kv_cache, attn_metadata)

@@ -1,0 +1,154 @@
+"""Checkpoint tensors into a port's parameters: each parameter exactly once, anything left over an error."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from porter.runtime.errors import WeightError
+from porter.runtime.layers.linear import LinearMethod
+from porter.runtime.layers.sharding import Part, ShardId
+from porter.runtime.resolution import Misshaped, ParameterIndex, Skip, Target, Unknown, named_tensors, resolve, split
+from porter.runtime.resolution import WeightRules as WeightRules
+
+_SHOWN = 5
+
+
+class Filled:
+    """Which shards of which parameters have a tensor, and whose."""
+
+    def __init__(self, index: ParameterIndex) -> None:
+        self._index = index
+        self._sources: dict[tuple[str, ShardId], str] = {}
+
+    def add(self, name: str, target: Target) -> None:
+        """Count checkpoint tensor `name` in. Raises WeightError if its place is taken."""
+        parts = self._index.parameters[target.parameter].parts
+        for shard_id in [target.shard_id] if target.shard_id in parts else list(parts):
+            previous = self._sources.setdefault((target.parameter, shard_id), name)
+            if previous != name:
+                raise WeightError(
+                    f"checkpoint tensors {previous!r} and {name!r} both fill {target.parameter!r}",
+                    "remove one from the checkpoint",
+                )
+
+    def missing(self) -> list[str]:
+        """Parameters without a tensor, with the shards they lack where they have others."""
+        missing = []
+        for name, info in self._index.parameters.items():
+            lacking = [shard_id for shard_id in info.parts if (name, shard_id) not in self._sources]
+            if len(lacking) == len(info.parts):
+                missing.append(name)
+            elif lacking:
+                missing.append(f"{name}[{', '.join(map(str, lacking))}]")
+        return missing
+
+
+def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], rules: WeightRules) -> set[str]:
+    """Fill every parameter and persistent buffer of `model` from (name, tensor) pairs; the names filled.
+
+    Raises WeightError naming tensors that are missing, unexpected, doubled or mis-shaped.
+    """
+    index = ParameterIndex.from_model(model)
+    tensors = dict(named_tensors(model))
+    filled = Filled(index)
+    unknown = []
+    for name, tensor in weights:
+        outcome = resolve(name, tensor.shape, rules, index)
+        match outcome:
+            case Target():
+                filled.add(name, outcome)
+                _check_dtype(name, tensor, tensors[outcome.parameter])
+                for part, piece in split(tensor, outcome, index.parameters[outcome.parameter]):
+                    _load_part(model, outcome.parameter, part, piece)
+            case Misshaped(parameter, expected, found):
+                raise WeightError(
+                    f"checkpoint tensor {name!r} has shape {list(found)}, but {parameter!r} needs {list(expected)}",
+                    "is this the checkpoint that belongs to the config?",
+                )
+            case Unknown():
+                unknown.append(name)
+            case Skip():
+                pass
+    if unknown:
+        raise WeightError(
+            f"the port has no place for checkpoint tensor {_list(unknown)}",
+            "add a rename or a skip to its weight_rules, or use the port that belongs to the checkpoint",
+        )
+    missing = tie_weights(model, rules, filled.missing())
+    if missing:
+        raise WeightError(f"the checkpoint lacks {_list(missing)}", "use a complete checkpoint of this architecture")
+    finish_loading(model)
+    return set(index.parameters)
+
+
+def finish_loading(model: nn.Module) -> None:
+    """Let every layer's linear method prepare the weights that were just loaded."""
+    for module in model.modules():
+        method = getattr(module, "linear_method", None)
+        if isinstance(method, LinearMethod):
+            method.process_weights_after_loading(module)
+
+
+def tie_weights(model: nn.Module, rules: WeightRules, missing: Iterable[str]) -> list[str]:
+    """Share the parameters that rules.tied names, where config and checkpoint allow; what is still missing.
+
+    A pair is tied when the config ties (the default) and the checkpoint has one of the two, or both and equal.
+    """
+    missing = list(missing)
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", True):
+        return missing
+    for target, source in rules.tied.items():
+        if target in missing and source in missing:
+            continue
+        if source in missing:
+            _share(model, source, target)
+            missing.remove(source)
+        elif target in missing or _equal(model, target, source):
+            _share(model, target, source)
+            missing = [name for name in missing if name != target]
+    return missing
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _equal(model: nn.Module, target: str, source: str) -> bool:
+    a, b = (getattr(*_owner(model, name)) for name in (target, source))
+    return a is not b and a.shape == b.shape and torch.equal(a, b)
+
+
+def _share(model: nn.Module, target: str, source: str) -> None:
+    """Make `target` the parameter `source`, with what was derived from it."""
+    target_module, leaf = _owner(model, target)
+    source_module, source_leaf = _owner(model, source)
+    for name, parameter in list(source_module.named_parameters(recurse=False)):
+        if name == source_leaf:
+            setattr(target_module, leaf, parameter)
+        elif getattr(parameter, "derived", False):
+            setattr(target_module, name, parameter)
+
+
+def _load_part(model: nn.Module, parameter: str, part: Part, tensor: torch.Tensor) -> None:
+    module, leaf = _owner(model, parameter)
+    method = getattr(module, "linear_method", None)
+    with torch.no_grad():
+        if isinstance(method, LinearMethod) and leaf != "bias":
+            method.load_part(module, leaf, part, tensor)
+        else:
+            part.place(getattr(module, leaf)).copy_(part.take(tensor))
+
+
+def _check_dtype(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+    quantized = getattr(parameter, "dtype", None) == torch.int8
+    if (parameter.is_floating_point() or quantized) and not tensor.is_floating_point():
+        raise WeightError(
+            f"checkpoint tensor {name!r} holds {tensor.dtype}, not floats", "use the checkpoint's unquantized form"
+        )
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
