@@ -13,6 +13,7 @@ from torch import nn
 
 from porter.runtime.checkpoint import iterate_weights
 from porter.runtime.config import EngineConfig
+from porter.runtime.layers.linear import LinearMethod
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_registry import load_port
 from porter.runtime.quantization.registry import get_linear_method
@@ -116,7 +117,7 @@ class ModelRunner:
 def _build_model(config: EngineConfig) -> nn.Module:
     port = load_port(config.port)
     with torch_defaults(config.dtype, config.device):
-        model: Any = port(config.hf_config, get_linear_method(config.quantization, config.hf_config))
+        model: Any = port(config.hf_config, _linear_method(config))
     model.eval().requires_grad_(False)
     if config.load_format == "dummy":
         _fill_with_noise(model, config.seed)
@@ -124,6 +125,13 @@ def _build_model(config: EngineConfig) -> nn.Module:
         model.load_weights(iterate_weights(config.model, config.load_progress))
     loaded: nn.Module = model
     return loaded
+
+
+def _linear_method(config: EngineConfig) -> LinearMethod | None:
+    stored = getattr(config.hf_config, "quantization_config", None) or {}
+    stored_name = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    name = config.quantization or stored_name
+    return None if name is None else get_linear_method(str(getattr(name, "value", name)))
 
 
 def _fill_with_noise(model: nn.Module, seed: int) -> None:
