@@ -1,4 +1,4 @@
-"""Whether Triton runs here: on a GPU, or in its interpreter. Without either, kernels are never compiled nor imported."""
+"""Whether Triton runs here: on a GPU or in its interpreter. Where neither is, no kernel is compiled or imported."""
 
 import os
 from collections.abc import Callable

@@ -36,10 +36,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     x32 = x.to(tl.float32)
     normed = x32 / tl.sqrt(tl.sum(x32 * x32, axis=0) / hidden_size + eps)
-    if UNIT_OFFSET:
-        y = normed * (1.0 + weight.to(tl.float32))
-    else:
-        y = weight * normed.to(x.dtype)
+    y = normed * (1.0 + weight.to(tl.float32)) if UNIT_OFFSET else weight * normed.to(x.dtype)
     tl.store(out_ptr + row * stride_out + columns, y.to(x.dtype), mask=inside)
 
 

@@ -98,8 +98,9 @@ def tie_weights(model: nn.Module, rules: WeightRules, missing: Iterable[str]) ->
     missing = list(missing)
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", True):
         return missing
+    names = {name for name, _ in named_tensors(model)}
     for target, source in rules.tied.items():
-        if target in missing and source in missing:
+        if not {target, source} <= names or {target, source} <= set(missing):
             continue
         if source in missing:
             _share(model, source, target)
