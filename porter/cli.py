@@ -1,0 +1,201 @@
+"""The commands: each parses, calls, prints. Nothing heavy is imported until a command runs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from porter import __version__
+
+
+class _Commands(TyperGroup):
+    """Turns an error with an exit code into one line on stderr; 130 for Ctrl-C, 141 for a closed pipe."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+        except Exception as error:
+            raise typer.Exit(_explained(error)) from error
+
+
+def _explained(error: Exception) -> int:
+    """Show an error of porter or of its runtime as one line; raise any other, which is a bug, again."""
+    code = getattr(error, "exit_code", None)
+    if not isinstance(code, int) or not type(error).__module__.startswith("porter."):
+        raise error
+    from porter import console
+
+    console.error(str(error))
+    return code
+
+
+app = typer.Typer(
+    name="porter",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Port Hugging Face modeling files to a paged-attention runtime, and prove the port.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that a person changed.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
+PortFile = Annotated[Path | None, typer.Option("--port", help="A port's file or folder.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the reference run the model's code.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub repository.")]
+
+
+def main() -> None:
+    """The `porter` script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"porter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A modeling file, a model type (llama), or a checkpoint folder.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The folder to write; default ports/<model>.")] = None,
+    target: Annotated[str, typer.Option(help="What to emit.")] = "native",
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Show source -> port with reasons; writes only with -o.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Regenerate; exit 1 if the port there differs.")] = False,
+    json: Json = False,
+    force: Force = False,
+) -> None:
+    """Make a port of a modeling file. Never imports or runs it."""
+    from porter import commands
+
+    commands.convert(source, out, target, commands.ConvertOptions(diff, check, json, force))
+
+
+@app.command()
+def verify(
+    subject: Annotated[str | None, typer.Argument(metavar="[SOURCE_OR_PORT]", help="What to verify.")] = None,
+    model: Annotated[str | None, typer.Option(help="Real weights: a checkpoint folder or a hub repository.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Tiny random checkpoints of the model type.")] = False,
+    dtype: Dtype = "float32",
+    tp: Annotated[list[int] | None, typer.Option(help="Tensor-parallel sizes to compare with 1; default 2.")] = None,
+    port: PortFile = None,
+    json: Json = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Prove a port against the original: weights, modules, logits, generation, tensor parallelism."""
+    from porter import commands
+    from porter.verify.request import Request
+
+    sizes = tuple(tp) if tp else (2,)
+    request = Request(subject, model, random, dtype, sizes, port, trust_remote_code)
+    raise typer.Exit(commands.verify(request, json))
+
+
+@app.command()
+def register(
+    port: Annotated[Path, typer.Argument(metavar="PORT_OR_DIR", help="A port's folder or its module.")],
+    force: Force = False,
+) -> None:
+    """Use this port for its architecture from now on."""
+    from porter import commands
+
+    commands.register(port, force)
+
+
+@app.command(name="list")
+def list_(json: Json = False) -> None:
+    """The registered ports."""
+    from porter import commands
+
+    commands.list_ports(json)
+
+
+@app.command()
+def show(architecture: Annotated[str, typer.Argument(metavar="ARCH")], json: Json = False) -> None:
+    """What is known about a registered port."""
+    from porter import commands
+
+    commands.show(architecture, json)
+
+
+@app.command()
+def unregister(architecture: Annotated[str, typer.Argument(metavar="ARCH")]) -> None:
+    """Forget the port of an architecture."""
+    from porter import commands
+
+    commands.unregister(architecture)
+
+
+@app.command()
+def complete(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    port: PortFile = None,
+    dtype: Dtype = "auto",
+    max_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    json: Json = False,
+) -> None:
+    """Continue a text with a registered port."""
+    from porter import commands
+
+    options = commands.Sampling(port, dtype, max_tokens, temperature, seed)
+    commands.complete(model, prompt, options, json)
+
+
+@app.command()
+def chat(
+    model: Model,
+    port: PortFile = None,
+    dtype: Dtype = "auto",
+    max_tokens: Annotated[int, typer.Option(help="How many tokens an answer has at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Talk with a model through its chat template; an empty line or Ctrl-D ends it."""
+    from porter import commands
+
+    commands.chat(model, commands.Sampling(port, dtype, max_tokens, temperature, seed))
+
+
+@app.command()
+def explain(name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="A pass's name.")] = None) -> None:
+    """What a pass does, with its examples; without a name, the passes in order."""
+    from porter import commands
+
+    commands.explain(name)
+
+
+@app.command()
+def ledger(
+    model: Annotated[str, typer.Option(help="A checkpoint folder or a hub repository.")],
+    port: PortFile = None,
+    json: Json = False,
+) -> None:
+    """Where each tensor of a checkpoint goes, from its headers alone; exit 1 if anything is left over."""
+    from porter import commands
+
+    raise typer.Exit(commands.ledger(model, port, json))

@@ -1,0 +1,257 @@
+"""What each command calls and prints. Heavy modules are imported only where they are used."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porter import console, registry
+from porter.errors import CheckFailed, UsageError
+from porter.manifest import Port, dumps, read_port, write_port
+
+if TYPE_CHECKING:
+    from porter.runtime.engine import LLM
+    from porter.runtime.sampling import SamplingParams
+    from porter.verify.request import Request
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Flags of `porter convert`."""
+
+    diff: bool = False
+    check: bool = False
+    json: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options that `complete` and `chat` share."""
+
+    port: Path | None
+    dtype: str
+    max_tokens: int
+    temperature: float
+    seed: int | None
+
+    def params(self) -> "SamplingParams":
+        from porter.runtime.sampling import SamplingParams
+
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed)
+
+
+def convert(source_name: str, out: Path | None, target: str, options: ConvertOptions) -> None:
+    """`porter convert`."""
+    from porter import convert as converter
+    from porter import source as sources
+    from porter.diffing import port_diff
+
+    source = sources.load(source_name)
+    conversion = converter.convert(source, target=target)
+    folder = out or Path("ports") / Path(conversion.module_name).stem
+    if options.check:
+        _check_drift(folder, conversion)
+        return
+    if options.diff:
+        name = str(conversion.manifest["module"])
+        edits = conversion.manifest.get("edits") or []
+        console.diff(port_diff((source_name, source.text), (name, conversion.code), edits))
+        if out is None:
+            return
+    port = write_port(folder, conversion.code, conversion.manifest, force=options.force)
+    _print_converted(port, options.json)
+
+
+def _check_drift(folder: Path, conversion: Any) -> None:
+    from porter.diffing import text_diff
+
+    port = read_port(folder)
+    on_disk = port.path.read_text(encoding="utf-8")
+    changes = text_diff(on_disk, conversion.code, str(port.path), "regenerated")
+    manifest = {**port.manifest, "verified": None}
+    changes += text_diff(dumps(manifest), dumps({**conversion.manifest, "verified": None}), "port.json", "regenerated")
+    if changes:
+        console.diff(changes)
+        raise CheckFailed(
+            f"{port.path} is not what its source gives", "run `porter convert` again, with --force if edited"
+        )
+    console.say(f"{port.path} is up to date")
+
+
+def _print_converted(port: Port, json: bool) -> None:
+    if json:
+        console.print_json({"path": str(port.path), "manifest": port.manifest})
+        return
+    console.result(str(port.path))
+    edits = port.manifest.get("edits") or []
+    console.say(
+        f"{port.architecture}: {len(edits)} edits, see port.json or --diff. Next: porter verify {port.folder} --random"
+    )
+
+
+def verify(request: "Request", json: bool) -> int:
+    """`porter verify`; returns the exit code."""
+    from porter.verify.report import print_verification
+    from porter.verify.run import verify as run
+
+    with console.progress("verifying", None) as advance:
+        result = run(request, advance)
+    if json:
+        console.print_json(result.to_json())
+    else:
+        print_verification(result)
+    return 0 if result.passed else CheckFailed.exit_code
+
+
+def register(path: Path, force: bool) -> None:
+    """`porter register`."""
+    entry = registry.register(read_port(path), force=force)
+    console.result(f"{entry.architecture} {entry.id}")
+    if entry.replaced:
+        console.say(f"it takes the place of {entry.replaced}, which stays in the store")
+    if not entry.port.verified:
+        console.warn(f"{entry.port.path.name} is not verified as it is now; run `porter verify {path}` first")
+    if entry.port.edited:
+        console.warn(f"{entry.port.path.name} was edited since porter wrote it")
+
+
+def list_ports(json: bool) -> None:
+    """`porter list`."""
+    entries = registry.entries()
+    if json:
+        console.print_json([_described(entry) for entry in entries])
+    elif not entries:
+        console.say("no port is registered; `porter register PORT` adds one")
+    else:
+        rows = [(entry.architecture, entry.id, _origin(entry.port), entry.port.state) for entry in entries]
+        console.table("", ("architecture", "port", "source", "state"), rows)
+
+
+def show(architecture: str, json: bool) -> None:
+    """`porter show`."""
+    entry = registry.find(architecture)
+    if json:
+        console.print_json({**_described(entry), "manifest": entry.port.manifest})
+        return
+    verified = entry.port.manifest.get("verified") or {}
+    figures = verified.get("figures") or {}
+    rows = [(key, str(value)) for key, value in _described(entry).items()]
+    rows += [("checkpoint", str(verified.get("checkpoint"))), ("dtype", str(verified.get("dtype")))] if verified else []
+    console.table(
+        architecture, ("what", "value"), rows + [(f"  {name}", str(value)) for name, value in figures.items()]
+    )
+
+
+def unregister(architecture: str) -> None:
+    """`porter unregister`."""
+    entry = registry.unregister(architecture)
+    console.result(f"{entry.architecture} {entry.id}")
+    console.say("removed from the store")
+
+
+def _described(entry: registry.Entry) -> dict[str, str]:
+    return {
+        "architecture": entry.architecture,
+        "port": entry.id,
+        "path": str(entry.port.path),
+        "source": _origin(entry.port),
+        "state": entry.port.state,
+    }
+
+
+def _origin(port: Port) -> str:
+    source = port.manifest.get("source") or {}
+    return str(source.get("name") or Path(str(source.get("path", "?"))).name)
+
+
+def complete(model: str, prompt: str, options: Sampling, json: bool) -> None:
+    """`porter complete`."""
+    llm = _engine(model, options)
+    output = llm.generate([prompt], options.params(), use_tqdm=False)[0].outputs[0]
+    if json:
+        tokens = list(output.token_ids)
+        console.print_json({"prompt": prompt, "text": output.text, "token_ids": tokens, "reason": output.finish_reason})
+    else:
+        console.result(prompt + output.text)
+
+
+def chat(model: str, options: Sampling) -> None:
+    """`porter chat`."""
+    llm = _engine(model, options)
+    messages: list[dict[str, str]] = []
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        answer = ""
+        for output in llm.stream(llm.chat_prompt(messages), options.params()):
+            answer += output.outputs[0].text
+            console.stream(output.outputs[0].text)
+        console.stream("\n")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def explain(name: str | None) -> None:
+    """`porter explain`."""
+    from porter.passes.base import discover
+
+    passes = {each.name: each for each in discover()}
+    if name is None:
+        rows = [(each.stage.name, each.name, _summary(each)) for each in passes.values()]
+        console.table("", ("stage", "pass", "what it does"), rows)
+        return
+    if name not in passes:
+        raise UsageError(f"there is no pass {name}", "see `porter explain`")
+    _print_pass(passes[name])
+
+
+def ledger(model: str, port: Path | None, json: bool) -> int:
+    """`porter ledger`; returns the exit code."""
+    from porter.verify.request import Request
+    from porter.verify.select import select_port
+    from porter.weights import checkpoint_ledger
+
+    with select_port(Request(model=model, port=port)) as selected:
+        console.say(selected.note)
+        result = checkpoint_ledger(selected.port, model)
+    if json:
+        console.print_json(result.to_json())
+    else:
+        console.table(result.summary, ("tensor", "shape", "goes to", "why"), result.rows())
+    return 0 if result.complete else CheckFailed.exit_code
+
+
+@contextmanager
+def _loading(title: str) -> Iterator[Callable[[int, int], None]]:
+    with console.bytes_progress(title) as update:
+        yield update
+
+
+def _engine(model: str, options: Sampling) -> "LLM":
+    from porter.runtime.engine import LLM
+
+    with _loading(f"loading {model}") as progress:
+        return LLM(model, port=options.port, dtype=options.dtype, load_progress=progress)
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        if sys.stdin.isatty():
+            console.stream("> ")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _summary(each: Any) -> str:
+    return str(each.__doc__ or "").strip().splitlines()[0] if each.__doc__ else ""
+
+
+def _print_pass(each: Any) -> None:
+    from porter.diffing import text_diff
+
+    console.result(f"{each.name} ({each.stage.name})\n\n{str(each.__doc__ or '').strip()}\n")
+    for example in each.EXAMPLES:
+        console.diff([*text_diff(example.before, example.after, "before", "after"), ""])

@@ -1,0 +1,1 @@
+"""Proof of a port: numbers that could have failed, from the original run beside it."""

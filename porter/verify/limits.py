@@ -1,0 +1,38 @@
+"""Says what a verification did not test, so that a pass is not taken for more than it is."""
+
+from porter.verify.request import Request
+from porter.verify.result import Case
+
+
+def untested(request: Request, cases: tuple[Case, ...]) -> tuple[str, ...]:
+    """One line for each thing that was not tested."""
+    return tuple(dict.fromkeys([*_always(request), *_weights(request), *_skipped(cases), *_not_compared(cases)]))
+
+
+def _always(request: Request) -> list[str]:
+    other = "half precision" if request.dtype == "float32" else "float32"
+    return [
+        f"{other}: verify again with --dtype",
+        "GPU kernels: all checks ran on the CPU",
+        "long contexts: prompts and output stay under 100 tokens",
+        "sampling: only greedy is compared; seeds and penalties are the runtime's own tests",
+    ]
+
+
+def _weights(request: Request) -> list[str]:
+    if request.random:
+        return ["real weights: verify with --model on the checkpoint that you mean to serve"]
+    return ["other values of the config: --random varies the fields that the port reads"]
+
+
+def _skipped(cases: tuple[Case, ...]) -> list[str]:
+    checks = [(case, check) for case in cases if not case.failure for check in case.checks]
+    return [f"{case.name}, {check.name}: {check.detail}" for case, check in checks if check.status == "skip"]
+
+
+def _not_compared(cases: tuple[Case, ...]) -> list[str]:
+    names = {name for case in cases for check in case.checks for name in check.data.get("not_compared", ())}
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    return (
+        [f"outputs of modules that the original doesn't have, or not in that form: {', '.join(kinds)}"] if kinds else []
+    )

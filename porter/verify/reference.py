@@ -1,0 +1,60 @@
+"""The original: the model that transformers builds, in eager attention, run without a cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from porter.errors import CheckpointError
+from porter.verify.trace import Trace, join, recording
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Module outputs and logits `[num_tokens, vocab]` (float32) of the original on some prompts."""
+
+    trace: Trace
+    logits: torch.Tensor
+
+
+def load_reference(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The original model of a checkpoint folder; CheckpointError if transformers can't load it."""
+    quiet_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"transformers can't load {folder} ({reason})",
+            "check the files; a model with its own code needs --trust-remote-code",
+        ) from error
+    return model.eval()
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' warnings and bars out of porter's output."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@torch.inference_mode()
+def run_reference(model: PreTrainedModel, prompts: list[list[int]]) -> ReferenceRun:
+    """Run each prompt alone, without padding or cache, and record every module."""
+    traces, logits = [], []
+    for prompt in prompts:
+        with recording(model, len(prompt)) as trace:
+            logits.append(full_logits(model, prompt))
+        traces.append(trace)
+    return ReferenceRun(join(traces), torch.cat(logits))
+
+
+@torch.inference_mode()
+def full_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """Logits `[num_tokens, vocab]` in float32 of one full forward without cache."""
+    output = model(input_ids=torch.tensor([token_ids]), use_cache=False)
+    logits: torch.Tensor = output.logits[0].float()
+    return logits

@@ -1,0 +1,29 @@
+"""What a person asks `porter verify` for; light, so that the command line can build it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from porter.errors import UsageError
+from porter.verify.tolerances import tolerance
+
+
+@dataclass(frozen=True)
+class Request:
+    """`subject` is a port, a source or a model type; either `model` (real weights) or `random` is given."""
+
+    subject: str | None = None
+    model: str | None = None
+    random: bool = False
+    dtype: str = "float32"
+    tp: tuple[int, ...] = (2,)
+    port: Path | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        tolerance(self.dtype)
+        if (self.model is None) == (not self.random):
+            raise UsageError("verify needs weights, real or random", "pass either --model FOLDER or --random")
+        if self.random and self.subject is None and self.port is None:
+            raise UsageError("--random needs something to verify", "name a port, a modeling file or a model type")
+        if any(size < 2 for size in self.tp):
+            raise UsageError("--tp takes sizes of 2 or more", "every other check already runs with 1")

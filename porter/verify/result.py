@@ -1,0 +1,78 @@
+"""What verification found: frozen, JSON-able; every view of it is made from this."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["PASS", "FAIL", "skip"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one case: the figure that decided, its limit, and, on a failure, what to look at."""
+
+    name: str
+    status: Status
+    figure: str = ""
+    limit: str = ""
+    detail: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The checks of one checkpoint, in order; `overrides` are the config fields that make it differ."""
+
+    name: str
+    overrides: dict[str, Any]
+    checks: tuple[Check, ...]
+
+    @property
+    def failure(self) -> Check | None:
+        return next((check for check in self.checks if check.status == "FAIL"), None)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All cases of one port; `limits` says what was not tested."""
+
+    architecture: str
+    port: str
+    port_sha256: str
+    converted: bool
+    checkpoint: str
+    dtype: str
+    cases: tuple[Case, ...]
+    limits: tuple[str, ...]
+    versions: dict[str, str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.cases) and all(case.failure is None for case in self.cases)
+
+    @property
+    def failure(self) -> tuple[Case, Check] | None:
+        """The first case that failed, and its first failing check."""
+        return next(((case, case.failure) for case in self.cases if case.failure), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps: enough to know what was proved, by what and how well."""
+        kept = ("checkpoint", "dtype", "limits", "versions", "seconds")
+        figures = {check.name: check.figure for check in self.summary()}
+        cases = [case.name for case in self.cases]
+        return {**{name: getattr(self, name) for name in kept}, "cases": cases, "figures": figures}
+
+    def summary(self) -> tuple[Check, ...]:
+        """One row a check over all cases: the first failure, else the worst figure, else why it was skipped."""
+        names = dict.fromkeys(check.name for case in self.cases for check in case.checks)
+        return tuple(
+            _worst([check for case in self.cases for check in case.checks if check.name == name]) for name in names
+        )
+
+
+def _worst(checks: list[Check]) -> Check:
+    rank = {"FAIL": 2, "PASS": 1, "skip": 0}
+    return max(checks, key=lambda check: (rank[check.status], float(check.data.get("worst", 0.0))))

@@ -1,0 +1,135 @@
+"""Runs all checks on all cases of a request."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from porter import __version__
+from porter.errors import PorterError
+from porter.manifest import Port, record_verification
+from porter.runtime.checkpoint import load_config, resolve_model
+from porter.runtime.model_registry import load_port
+from porter.verify.checks import generation, ledger, logits, modules, parallel, quantized
+from porter.verify.limits import untested
+from porter.verify.prompts import random_prompts, text_prompts
+from porter.verify.reference import quiet_transformers
+from porter.verify.request import Request
+from porter.verify.result import Case, Check, Verification
+from porter.verify.select import Selected, select_port
+from porter.verify.subject import Subject
+from porter.verify.tiny import model_type_of, shrink, tiny_config, write_checkpoint
+from porter.verify.variants import Variant, variants
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all cases of a verification share."""
+
+    request: Request
+    port: Port
+    port_class: type[nn.Module]
+    told: Told
+
+
+def verify(request: Request, told: Told = lambda step: None) -> Verification:
+    """Prove what `request` names; `told` hears each step. A port on disk that passes is marked verified.
+
+    Raises PorterError or EngineError when it can't be tried at all; what a check finds is in the result.
+    """
+    started = time.monotonic()
+    quiet_transformers()
+    with select_port(request) as selected:
+        plan = _Plan(request, selected.port, load_port(selected.port.path), told)
+        cases = tuple(_random_cases(plan) if request.random else [_real_case(plan)])
+        result = _result(plan, selected, cases, time.monotonic() - started)
+        if result.passed and selected.recorded and not selected.converted:
+            record_verification(selected.port, result.record())
+    return result
+
+
+def _real_case(plan: _Plan) -> Case:
+    folder = resolve_model(str(plan.request.model))
+    config = load_config(folder, plan.request.trust_remote_code)
+    prompts = text_prompts(folder, config, plan.request.trust_remote_code)
+    return run_case("real weights", {}, _subject(plan, folder, config, prompts), plan.told, processes=True)
+
+
+def _random_cases(plan: _Plan) -> Iterator[Case]:
+    config = tiny_config(model_type_of(plan.port.architecture))
+    for index, variant in enumerate(variants(config, plan.port.path)):
+        with tempfile.TemporaryDirectory(prefix="porter-tiny-") as name:
+            yield _random_case(plan, config, variant, Path(name), processes=index == 0)
+
+
+def _random_case(plan: _Plan, base: Any, variant: Variant, folder: Path, processes: bool) -> Case:
+    config = shrink(base, **variant.overrides)
+    try:
+        write_checkpoint(config, folder)
+    except PorterError as error:
+        return Case(variant.name, variant.overrides, (Check("ledger", "skip", detail=str(error)),))
+    subject = _subject(plan, folder, load_config(folder), random_prompts(config))
+    return run_case(variant.name, variant.overrides, subject, plan.told, processes)
+
+
+def _subject(plan: _Plan, folder: Path, config: Any, prompts: list[list[int]]) -> Subject:
+    request = plan.request
+    return Subject(
+        folder, plan.port.path, plan.port_class, config, request.dtype, prompts, request.tp, request.trust_remote_code
+    )
+
+
+def run_case(name: str, overrides: dict[str, Any], subject: Subject, told: Told, processes: bool) -> Case:
+    """The checks of one checkpoint in order; what comes after a failure would only repeat it and is skipped."""
+    found: list[Check] = []
+    for label, check in _checks(subject, processes):
+        told(f"{name}: {label}")
+        failed = any(each.status == "FAIL" for each in found)
+        found.append(Check(label, "skip", detail="not reached") if failed else check())
+    return Case(name, overrides, tuple(found))
+
+
+def _checks(subject: Subject, processes: bool) -> Iterator[tuple[str, Callable[[], Check]]]:
+    yield "ledger", partial(ledger.check, subject)
+    yield "modules", partial(_guarded, "modules", partial(modules.check, subject))
+    yield "logits", partial(_guarded, "logits", partial(logits.check, subject))
+    yield "greedy", partial(_guarded, "greedy", partial(generation.check, subject))
+    for size in subject.tp:
+        yield f"tp {size}", partial(_guarded, f"tp {size}", partial(parallel.check, subject, size))
+    yield "int8", partial(_guarded, "int8", partial(quantized.check, subject))
+    for size in subject.tp if processes else ():
+        name = f"tp {size} processes"
+        yield name, partial(_guarded, name, partial(parallel.check_processes, subject, size))
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """A port that raises fails the check in which it did."""
+    try:
+        return check()
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return Check(name, "FAIL", detail=f"the port raised {type(error).__name__}: {first}")
+
+
+def _result(plan: _Plan, selected: Selected, cases: tuple[Case, ...], seconds: float) -> Verification:
+    request = plan.request
+    return Verification(
+        architecture=plan.port.architecture,
+        port=selected.note,
+        port_sha256=plan.port.sha256,
+        converted=selected.converted,
+        checkpoint="tiny random" if request.random else str(request.model),
+        dtype=request.dtype,
+        cases=cases,
+        limits=untested(request, cases),
+        versions={"porter": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        seconds=round(seconds, 1),
+    )

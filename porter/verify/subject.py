@@ -1,0 +1,86 @@
+"""One checkpoint and the port that is to serve it: what every check works on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from porter.runtime.config import DTYPES
+from porter.verify.port_run import PortRun, build_port, load_port_weights, run_port
+from porter.verify.reference import ReferenceRun, load_reference, run_reference
+from porter.verify.tolerances import Tolerance, tolerance
+
+T = TypeVar("T")
+
+
+@dataclass
+class Subject:
+    """`folder` is the checkpoint, `prompts` the token ids that all checks share; models are made when asked for."""
+
+    folder: Path
+    port_file: Path
+    port: type[nn.Module]
+    config: Any
+    dtype: str
+    prompts: list[list[int]]
+    tp: tuple[int, ...] = (2,)
+    trust_remote_code: bool = False
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return tolerance(self.dtype)
+
+    @property
+    def half(self) -> bool:
+        return self.dtype != "float32"
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """The position of each token of the flat batch."""
+        return torch.cat([torch.arange(len(prompt)) for prompt in self.prompts])
+
+    @property
+    def reference(self) -> PreTrainedModel:
+        """The original in float32: the truth."""
+        return self.memo("reference", lambda: load_reference(self.folder, torch.float32, self.trust_remote_code))
+
+    @property
+    def reference_run(self) -> ReferenceRun:
+        return self.memo("reference_run", lambda: run_reference(self.reference, self.prompts))
+
+    @property
+    def rounded_run(self) -> ReferenceRun:
+        """The original in the working dtype: what rounding alone costs."""
+        return self.memo("rounded_run", self._run_rounded)
+
+    @property
+    def model(self) -> Any:
+        """The port in the working dtype, loaded."""
+        return self.memo("model", lambda: load_port_weights(self.build(), self.folder))
+
+    @property
+    def port_run(self) -> PortRun:
+        return self.memo("port_run", lambda: run_port(self.model, self.prompts))
+
+    def build(self, linear_method: Any = None) -> Any:
+        """A fresh instance of the port, its weights not loaded."""
+        return build_port(self.port, self.config, self.torch_dtype, linear_method)
+
+    def memo(self, name: str, make: Callable[[], T]) -> T:
+        """make(), once for each name."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: T = self._made[name]
+        return made
+
+    def _run_rounded(self) -> ReferenceRun:
+        return run_reference(load_reference(self.folder, self.torch_dtype, self.trust_remote_code), self.prompts)

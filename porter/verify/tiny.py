@@ -1,0 +1,166 @@
+"""A tiny random checkpoint of any config: sizes shrunk by the meaning of a field's name, every weight randomised."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from porter.errors import CheckpointError, SourceError
+
+LAYERS = 2
+WINDOW = 8
+HEADS = 4
+HIDDEN = 64
+MAX_POSITION = 256
+
+# The first rule whose pattern is found in a field's name decides; only whole numbers are replaced, None stays None.
+# 131 and 96 are chosen so that the vocabulary has to be padded and everything else divides by 2 and 4.
+_SIZES: tuple[tuple[str, int], ...] = (
+    (r"^pad_token_id$", 0),
+    (r"^(bos|decoder_start)_token_id$", 1),
+    (r"^eos_token_id$", 2),
+    (r"^(first_k_dense_replace|num_dense_layers|max_window_layers)$", 1),
+    (r"(^n_layers?|num_layers|hidden_layers|decoder_layers|encoder_layers)$", LAYERS),
+    (r"(key_value_heads|kv_heads|kv_n_heads)$", 2),
+    (r"(heads?|n_head)$", HEADS),
+    (r"(^topk_group|n_groups?|num_expert_group)$", 1),
+    (r"(rotary_dim|index_topk)$", 8),
+    (r"(head_dim|dim_head|kv_channels|d_kv)$", HIDDEN // HEADS),
+    (r"_rank$", 24),
+    (r"vocab_size", 131),
+    (r"(per_tok|top_?k|top_k_experts|moe_k)$", 2),
+    (r"shared_experts$", 1),
+    (r"(num_experts|_experts)$", 4),
+    (r"(moe|expert|shared)_.*(intermediate|ffn)", 32),
+    (r"(intermediate|ffn|feed_forward|inner|d_ff|dim_ff|dff|mlp_hidden)", 96),
+    (r"(hidden_size|d_model|n_embd|dim_model|emb_dim|d_embed|embedding_size|embed_proj_dim)", HIDDEN),
+    (r"original_max_position", 32),
+    (r"(max_position|n_positions|n_ctx|max_seq_len|max_target_positions)", MAX_POSITION),
+    (r"window", WINDOW),
+    (r"(state_size|d_state|chunk_size)$", 8),
+    (r"query_pre_attn_scalar", 24),
+)
+_KEPT = frozenset({"chunk_size_feed_forward"})
+_GENERIC = frozenset(PreTrainedConfig().to_dict()) - {
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+}
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+_SOFTCAP = 5.0  # small, so that a lost cap shows
+
+
+def model_type_of(architecture: str) -> str:
+    """The model type of the installed transformers whose causal LM is `architecture`; SourceError if there is none."""
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if name == architecture:
+            return str(model_type)
+    raise SourceError(
+        f"the installed transformers has no {architecture} to compare with",
+        "give a checkpoint folder with its own code: --model FOLDER --trust-remote-code",
+    )
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The default config of `model_type`, shrunk."""
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise SourceError(
+            f"unknown model type {model_type}", "see `porter convert --help` for what is accepted"
+        ) from error
+    return shrink(config)
+
+
+def shrink(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
+    """A config of the same class with small sizes, every kind of layer once, and `overrides` on top."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _GENERIC}
+    small = _pick_layers(_shrink_fields(fields), _layer_count(fields))
+    if "kv_lora_rank" in small and "num_key_value_heads" in small:
+        small["num_key_value_heads"] = HEADS  # latent attention has a key for every head
+    try:
+        return type(config)(**{**small, **overrides})
+    except (TypeError, ValueError, KeyError) as error:
+        raise SourceError(f"no tiny {config.model_type} config can be made: {error}", "use --model instead") from error
+
+
+def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
+    """Save a randomised model of `config` in `folder` under the names that hub checkpoints use."""
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"transformers can't build a tiny {config.model_type}: {error}", "use --model instead"
+        ) from error
+    randomise(model)
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel) -> None:
+    """Give every parameter and persistent buffer random values; logits end up spread but not saturated."""
+    embedding = model.get_input_embeddings()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            _randomise_tensor(name, tensor, _is_transposed(model, name))
+    embedding.weight.normal_(std=0.3)
+    _spread_logits(model)
+
+
+def _randomise_tensor(name: str, tensor: torch.Tensor, transposed: bool) -> None:
+    if tensor.ndim >= 2 and not tensor.eq(tensor.flatten()[0]).all():
+        fan_in = tensor.shape[0 if transposed else -1]
+        tensor.normal_(std=fan_in**-0.5)
+        return
+    if name.endswith("weight"):  # a norm: flipped signs keep a tied head from predicting the token it was given
+        tensor.sub_(2 * torch.randint_like(tensor, 2))
+    tensor.add_(torch.randn_like(tensor) * 0.2)
+
+
+def _is_transposed(model: nn.Module, name: str) -> bool:
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+
+
+def _spread_logits(model: PreTrainedModel, spread: float = 2.5) -> None:
+    head = model.get_output_embeddings()
+    ids = torch.arange(3, 35).unsqueeze(0)
+    for _ in range(3):
+        deviation = float(model(input_ids=ids, use_cache=False).logits.std(-1).mean())
+        head.weight.mul_(min(max(spread / max(deviation, 1e-6), 0.2), 5.0))
+
+
+def _shrink_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: _shrunk(name, value) for name, value in fields.items()}
+
+
+def _shrunk(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return _shrink_fields(value)
+    if "softcap" in name and isinstance(value, float):
+        return _SOFTCAP
+    if name == "eos_token_id" and isinstance(value, list):
+        return 2
+    if name in _KEPT or isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return next((size for pattern, size in _SIZES if re.search(pattern, name)), value)
+
+
+def _layer_count(fields: dict[str, Any]) -> int:
+    return next((fields[name] for name in _LAYER_COUNTS if isinstance(fields.get(name), int)), 0)
+
+
+def _pick_layers(fields: dict[str, Any], count: int) -> dict[str, Any]:
+    """Cut every per-layer list to one entry for each kind of layer; lists of one kind are left to the config class."""
+    lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count > 1}
+    rows = list(zip(*lists.values(), strict=True))
+    kinds = sorted({rows.index(row) for row in rows})
+    if len(kinds) < 2:
+        return {name: value for name, value in fields.items() if name not in lists}
+    counts: dict[str, Any] = {name: len(kinds) for name in _LAYER_COUNTS if name in fields}
+    return {**fields, **counts, **{name: [value[i] for i in kinds] for name, value in lists.items()}}

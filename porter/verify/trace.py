@@ -1,0 +1,125 @@
+"""Records what goes into and comes out of each module during a run, flat over tokens."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its float inputs by parameter name, and its tensors out, each `[num_tokens, features]`."""
+
+    module: str
+    inputs: Inputs
+    outputs: tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Trace:
+    """Calls in the order in which they returned: children before their parent."""
+
+    num_tokens: int
+    calls: list[Call] = field(default_factory=list)
+
+    def by_module(self) -> dict[str, list[Call]]:
+        """The calls of each module, first to last."""
+        grouped: dict[str, list[Call]] = {}
+        for call in self.calls:
+            grouped.setdefault(call.module, []).append(call)
+        return grouped
+
+    def keyed(self) -> list[tuple[tuple[str, int], Call]]:
+        """Each call with its module and its index among that module's calls, in execution order."""
+        seen: dict[str, int] = {}
+        pairs = []
+        for call in self.calls:
+            index = seen.get(call.module, 0)
+            seen[call.module] = index + 1
+            pairs.append(((call.module, index), call))
+        return pairs
+
+
+@contextmanager
+def recording(model: nn.Module, num_tokens: int) -> Iterator[Trace]:
+    """Record every call of every named module of `model`; `num_tokens` is how many tokens a run has."""
+    trace = Trace(num_tokens)
+    handles = [
+        module.register_forward_hook(_hook(trace, name), with_kwargs=True) for name, module in model.named_modules()
+    ]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def join(traces: list[Trace]) -> Trace:
+    """One trace of runs on different tokens, joined over tokens; calls that not all runs made are left out."""
+    others = [trace.by_module() for trace in traces]
+    calls = []
+    for (module, index), call in traces[0].keyed():
+        same = [runs[module][index] for runs in others if index < len(runs.get(module, ()))]
+        if len(same) == len(traces) and all(len(part.outputs) == len(call.outputs) for part in same):
+            calls.append(_join_calls(same))
+    return Trace(sum(trace.num_tokens for trace in traces), calls)
+
+
+def flatten(value: Any, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    """The tensors in a module's output that have a token axis, each as `[num_tokens, features]`."""
+    if isinstance(value, torch.Tensor):
+        flat = _token_first(value, num_tokens)
+        return () if flat is None else (flat.detach().clone(),)
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    parts = value if isinstance(value, (tuple, list)) else ()
+    return tuple(tensor for part in parts for tensor in flatten(part, num_tokens))
+
+
+def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that `module.forward` gives them."""
+    try:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    except TypeError:
+        return dict(kwargs)
+    return dict(bound.arguments)
+
+
+def _hook(trace: Trace, name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        arguments = bound_arguments(module, args, kwargs)
+        inputs = {key: flat[0] for key, value in arguments.items() if (flat := _float_input(value, trace.num_tokens))}
+        trace.calls.append(Call(name, inputs, flatten(output, trace.num_tokens)))
+
+    return hook
+
+
+def _float_input(value: Any, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return flatten(value, num_tokens) if is_float else ()
+
+
+def _token_first(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == num_tokens]
+    if len(axes) > 1:
+        return None  # attention weights
+    if tensor.ndim and tensor.shape[0] % num_tokens == 0:
+        return tensor.reshape(num_tokens, -1)
+    return tensor.movedim(axes[0], 0).reshape(num_tokens, -1) if axes else None
+
+
+def _join_calls(calls: list[Call]) -> Call:
+    shared = [name for name in calls[0].inputs if all(name in call.inputs for call in calls)]
+    inputs = {name: torch.cat([call.inputs[name] for call in calls]) for name in shared if _same_width(name, calls)}
+    outputs = zip(*(call.outputs for call in calls), strict=True)
+    return Call(calls[0].module, inputs, tuple(torch.cat(parts) for parts in outputs))
+
+
+def _same_width(name: str, calls: list[Call]) -> bool:
+    return len({call.inputs[name].shape[1] for call in calls}) == 1

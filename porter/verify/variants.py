@@ -1,0 +1,90 @@
+"""Other values for the fields of a config that change a model's structure: what a port must also get right."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from porter.errors import PorterError
+from porter.verify.fields import fields_read
+from porter.verify.tiny import HEADS, HIDDEN, WINDOW, shrink
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_ROPE = {
+    "rope-linear": {"rope_type": "linear", "factor": 4.0},
+    "rope-llama3": {**_LLAMA3, "original_max_position_embeddings": 32},
+    "rope-yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
+# Values worth trying besides the default. A field's other values, and what has to change along with it.
+_ALTERNATIVES: dict[str, tuple[Any, ...]] = {
+    "num_key_value_heads": (1, HEADS),
+    "n_kv_heads": (1, HEADS),
+    "head_dim": (24,),
+    "sliding_window": (WINDOW, None),
+    "word_embed_proj_dim": (HIDDEN // 2,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "hidden_act": ("relu",),
+    "hidden_activation": ("relu",),
+    "activation_function": ("tanh",),
+    "activation": ("relu",),
+}
+_COMPANIONS: dict[str, dict[str, Any]] = {
+    "use_sliding_window": {"sliding_window": WINDOW, "max_window_layers": 1},
+    "new_decoder_architecture": {"num_kv_heads": 2},
+}
+_NOT_STRUCTURE = frozenset({"use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_decoder"})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name for the report and the config fields that differ from the tiny default."""
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def variants(config: PreTrainedConfig, port_file: Path) -> list[Variant]:
+    """The default and one variant for each other value of a field that the port reads and transformers accepts."""
+    read = fields_read(port_file)
+    found = [Variant("default"), *_values(config, read), *_flags(config, read), *_ropes(config, read)]
+    return [variant for variant in found if _accepted(config, variant)]
+
+
+def _values(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
+    small = shrink(config)
+    return [
+        Variant(f"{name}={value}", {name: value})
+        for name, values in _ALTERNATIVES.items()
+        if name in read and hasattr(config, name)
+        for value in values
+        if value != getattr(small, name)
+    ]
+
+
+def _flags(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
+    flags = {name: value for name, value in config.to_dict().items() if isinstance(value, bool)}
+    names = sorted((read | {"tie_word_embeddings"}) & flags.keys() - _NOT_STRUCTURE)
+    return [
+        Variant(f"{name}={not flags[name]}", {name: not flags[name], **_companions(config, name)}) for name in names
+    ]
+
+
+def _companions(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    return {key: value for key, value in _COMPANIONS.get(name, {}).items() if hasattr(config, key)}
+
+
+def _ropes(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
+    rope = getattr(config, "rope_parameters", None)
+    if "rope_parameters" not in read or not rope or "rope_type" not in rope:
+        return []
+    return [Variant(name, {"rope_parameters": {**rope, **scaling}}) for name, scaling in _ROPE.items()]
+
+
+def _accepted(config: PreTrainedConfig, variant: Variant) -> bool:
+    try:
+        shrink(config, **variant.overrides)
+    except PorterError:
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""The weight ledger: where each tensor of a checkpoint goes, from safetensors headers and the port's rules alone."""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from porter.errors import CheckpointError
+from porter.manifest import Port
+
+if TYPE_CHECKING:
+    from porter.runtime.resolution import Outcome, WeightRules
+
+Status = Literal["used", "excused", "unexpected", "mis-shaped", "doubled"]
+_MAX_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Header:
+    """One tensor as its file's header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What becomes of one checkpoint tensor: the parameter (and shard) it fills, or the rule that excuses it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    status: Status
+    target: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every tensor once; `unfilled` are the port's parameters that none fills, `tie` says how the head is decided."""
+
+    lines: tuple[Line, ...]
+    unfilled: tuple[str, ...]
+    tie: str
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line each; empty if all fits."""
+        bad = [
+            f"{line.tensor} {line.status}: {line.why}" for line in self.lines if line.status not in ("used", "excused")
+        ]
+        return (*bad, *(f"{name} is filled by no tensor" for name in self.unfilled))
+
+    @property
+    def complete(self) -> bool:
+        return not self.problems
+
+    @property
+    def summary(self) -> str:
+        """Counts by status, and the tie."""
+        counts = {status: sum(line.status == status for line in self.lines) for status in Status.__args__}  # type: ignore[attr-defined]
+        told = [f"{count} {status}" for status, count in counts.items() if count]
+        return ", ".join([*told, f"{len(self.unfilled)} unfilled", self.tie])
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """For a table: tensor, shape, where it goes, why."""
+        lines = [
+            (line.tensor, "x".join(map(str, line.shape)), line.target or line.status, line.why) for line in self.lines
+        ]
+        return lines + [("-", "", name, "filled by no tensor") for name in self.unfilled]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"complete": self.complete, "problems": list(self.problems), **asdict(self)}
+
+
+def checkpoint_ledger(port: Port, model: str, trust_remote_code: bool = False) -> Ledger:
+    """The ledger of a port and a checkpoint folder or hub repository."""
+    from porter.runtime.checkpoint import load_config, resolve_model
+    from porter.runtime.model_registry import load_port
+
+    folder = resolve_model(model)
+    return make_ledger(load_port(port.path), load_config(folder, trust_remote_code), folder)
+
+
+def make_ledger(port: Any, config: Any, folder: Path) -> Ledger:
+    """The ledger of a port class, built on the meta device with `config`, and the checkpoint in `folder`."""
+    from porter.runtime.errors import WeightError
+    from porter.runtime.loader import Filled
+    from porter.runtime.resolution import ParameterIndex, Target, resolve
+
+    model, rules = _skeleton(port, config), port.weight_rules
+    index = ParameterIndex.from_model(model)
+    filled, lines = Filled(index), []
+    for header in read_headers(folder):
+        outcome = resolve(header.name, header.shape, rules, index)
+        line = _line(header, outcome)
+        if isinstance(outcome, Target):
+            try:
+                filled.add(header.name, outcome)
+            except WeightError as error:
+                line = Line(header.name, header.shape, "doubled", line.target, error.message)
+        lines.append(line)
+    missing, tie = _decide_tie(filled.missing(), rules, config)
+    return Ledger(tuple(lines), tuple(missing), tie)
+
+
+def read_headers(folder: Path) -> Iterator[Header]:
+    """Every tensor named in the headers of a checkpoint's safetensors files; CheckpointError for a damaged file."""
+    from porter.runtime.checkpoint import weight_files
+
+    for file in weight_files(folder):
+        for name, entry in sorted(_read_header(file).items()):
+            if name != "__metadata__":
+                yield Header(name, str(entry["dtype"]), tuple(entry["shape"]))
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"its header claims {length} bytes")
+            header: dict[str, Any] = json.loads(opened.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if size != 8 + length + end:
+            raise ValueError(f"it has {size} bytes, its header describes {8 + length + end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error})", "download it again") from error
+    return header
+
+
+def _skeleton(port: Any, config: Any) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return port(config)
+
+
+def _line(header: Header, outcome: "Outcome") -> Line:
+    from porter.runtime.resolution import Misshaped, Skip, Target
+
+    match outcome:
+        case Target(parameter, shard_id, transposed, layout):
+            place = parameter if shard_id is None else f"{parameter}[{shard_id}]"
+            notes = ["transposed"] * transposed + ([f"{layout} parts"] if layout else [])
+            return Line(header.name, header.shape, "used", place, ", ".join(notes))
+        case Skip(rule):
+            return Line(header.name, header.shape, "excused", "", f"skipped by {rule!r}")
+        case Misshaped(parameter, expected, found):
+            why = f"{parameter} needs {list(expected)}, the checkpoint has {list(found)}"
+            return Line(header.name, header.shape, "mis-shaped", "", why)
+    return Line(header.name, header.shape, "unexpected", "", "no rule and no parameter of the port claims it")
+
+
+def _decide_tie(missing: list[str], rules: "WeightRules", config: Any) -> tuple[list[str], str]:
+    if not rules.tied:
+        return missing, "no tied weights"
+    if not getattr(config, "tie_word_embeddings", True):
+        return missing, "not tied: the config says so"
+    pairs = {target: source for target, source in rules.tied.items() if (target in missing) != (source in missing)}
+    shared = {name for pair in pairs.items() for name in pair}
+    left = [name for name in missing if name not in shared]
+    absent = sorted(shared & set(missing))
+    return (
+        left,
+        f"tied: {', '.join(absent)} not in the checkpoint" if absent else "both in the checkpoint: tied if equal",
+    )
