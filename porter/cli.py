@@ -104,7 +104,7 @@ def verify(
     json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Prove a port against the original: weights, modules, logits, generation, tensor parallelism."""
+    """Prove a port against the original, module by module and token by token."""
     from porter import commands
     from porter.verify.request import Request
 
@@ -175,7 +175,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
 ) -> None:
-    """Talk with a model through its chat template; an empty line or Ctrl-D ends it."""
+    """Talk with a chat model; an empty line ends it."""
     from porter import commands
 
     commands.chat(model, commands.Sampling(port, dtype, max_tokens, temperature, seed))
@@ -183,7 +183,7 @@ def chat(
 
 @app.command()
 def explain(name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="A pass's name.")] = None) -> None:
-    """What a pass does, with its examples; without a name, the passes in order."""
+    """What a pass does, with examples; without a name, all passes."""
     from porter import commands
 
     commands.explain(name)
@@ -195,7 +195,7 @@ def ledger(
     port: PortFile = None,
     json: Json = False,
 ) -> None:
-    """Where each tensor of a checkpoint goes, from its headers alone; exit 1 if anything is left over."""
+    """Where each tensor of a checkpoint goes; exit 1 if any is left over."""
     from porter import commands
 
     raise typer.Exit(commands.ledger(model, port, json))

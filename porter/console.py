@@ -71,7 +71,8 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_stderr(), transient=True) as bar:
+    console = _stderr()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
 
         def advance(step: str) -> None:
@@ -84,7 +85,8 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
 def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on stderr; call the given function with (done, total)."""
     columns = (TextColumn("{task.description:<36.36}"), BarColumn(bar_width=20), DownloadColumn())
-    with Progress(*columns, console=_stderr(), transient=True) as bar:
+    console = _stderr()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -1,0 +1,127 @@
+"""The command line: quick to start, one line an error, exit codes that scripts can rely on."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from porter import __version__, commands
+from porter.cli import app
+from porter.errors import CheckFailed, PorterError
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run() -> Run:
+    return lambda *args: CliRunner().invoke(app, list(args))
+
+
+def porter(*args: str, code: str = "from porter.cli import main; main()") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-c", code, *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys\nfrom porter.cli import app\napp(standalone_mode=False)\nprint(sorted(sys.modules))"
+    loaded = porter("--help", code=code).stdout.splitlines()[-1]
+    assert [name for name in ("torch", "transformers", "libcst", "numpy") if f"'{name}'" in loaded] == []
+
+
+def test_help_takes_less_than_300_ms_of_processor_time() -> None:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    marks = [spent()]
+    for _ in range(3):
+        assert porter("--help").returncode == 0
+        marks.append(spent())
+    assert min(after - before for before, after in zip(marks, marks[1:], strict=False)) < 0.3
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").output == f"porter {__version__}\n"
+
+
+def test_every_command_has_help(run: Run) -> None:
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert {name: run(name, "--help").exit_code for name in names} == dict.fromkeys(names, 0)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["show", "NoSuchForCausalLM"],
+        ["show", "../../etc"],
+        ["unregister", "NoSuchForCausalLM"],
+        ["register", "no/such/port"],
+        ["verify"],
+        ["verify", "llama", "--random", "--dtype", "int3"],
+        ["verify", "llama", "--random", "--model", "x"],
+        ["verify", "--random"],
+        ["verify", "llama", "--random", "--tp", "1"],
+        ["verify", "--model", "no/such/folder/here"],
+        ["verify", "--random", "--port", "no_such_port.py"],
+        ["ledger", "--model", "./no-such-folder"],
+        ["complete", "./no-such-folder", "hello"],
+        ["chat", "./no-such-folder"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_exit_2(run: Run, args: list[str]) -> None:
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_hub_name_without_network_is_one_line(run: Run) -> None:
+    result = run("complete", "nobody/no-such-model", "hello")
+    assert result.exit_code == 2
+    assert "network" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(PorterError("a", "b"), 2), (CheckFailed("a", "b"), 1), (KeyboardInterrupt(), 130)],
+    ids=["wrong input", "failed check", "ctrl-c"],
+)
+def test_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def fail(json: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "list_ports", fail)
+    result = run("list")
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+
+
+def test_a_bug_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "list_ports", lambda json: {}["bug"])
+    assert isinstance(run("list").exception, KeyError)
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    code = "import os, sys\nos.close(0)\nfrom porter.cli import main\nmain()"
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-c", code, "list", "--json"]
+    found = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_list_of_an_empty_store(run: Run) -> None:
+    assert json.loads(run("list", "--json").stdout) == []
+    assert run("list").stdout == ""
