@@ -18,7 +18,10 @@ _BY_KIND = {
 
 
 def suggest(kind: str, has_attention: bool, token_errors: torch.Tensor, positions: torch.Tensor, limit: float) -> str:
-    """A cause for a module that is wrong given the right input; errors and `positions` are by token."""
+    """A cause for a module that is wrong given the right input; errors and `positions` are by token.
+
+    `has_attention`: whether the module itself holds an attention layer.
+    """
     if kind in _BY_KIND:
         return _BY_KIND[kind]
     if not has_attention:

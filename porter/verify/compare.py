@@ -106,16 +106,21 @@ def first_divergence(errors: Iterable[ModuleError], limit: float) -> ModuleError
     return next((error for error in errors if not error.error <= limit), None)
 
 
-def first_local(
+def wrong_by_itself(
     errors: Iterable[ModuleError], limit: float, rerun: Callable[[ModuleError], float | None]
-) -> tuple[ModuleError, float] | None:
-    """The first divergent module that is still wrong when given the original's input, and by how much."""
+) -> ModuleError | None:
+    """The first divergent module that is still wrong when given the original's input.
+
+    If all that could be re-run were right, it is the first that could not: what it calls is right, and it is not.
+    """
+    unknown = None
     for error in errors:
         if not error.error <= limit:
             local = rerun(error)
             if local is not None and not local <= limit:
-                return error, local
-    return None
+                return error
+            unknown = unknown or (error if local is None else None)
+    return unknown
 
 
 def _module_error(

@@ -8,9 +8,9 @@ from porter.verify.compare import (
     ModuleError,
     compare,
     first_divergence,
-    first_local,
     originals,
     token_errors,
+    wrong_by_itself,
 )
 from porter.verify.port_run import replay
 from porter.verify.result import Check
@@ -26,9 +26,12 @@ def check(subject: Subject) -> Check:
     limit = subject.tolerance.module
     worst = _percentile(comparison) if subject.half else max((e.error for e in comparison.errors), default=float("inf"))
     figure = f"{worst:.1e} over {len(comparison.errors)}"
-    passed = worst <= limit
-    detail = "" if passed else _explain(subject, comparison, limit)
-    return Check(NAME, "PASS" if passed else "FAIL", figure, f"{limit:g}", detail, _data(comparison, worst))
+    if worst <= limit:
+        return Check(NAME, "PASS", figure, f"{limit:g}", "", _data(comparison, worst))
+    first = first_divergence(comparison.errors, limit)
+    culprit = wrong_by_itself(comparison.errors, limit, lambda error: _rerun(subject, comparison, error))
+    data = {**_data(comparison, worst), "first": first and first.module, "culprit": culprit and culprit.module}
+    return Check(NAME, "FAIL", figure, f"{limit:g}", _explain(subject, first, culprit), data)
 
 
 def _compare(subject: Subject) -> Comparison:
@@ -41,21 +44,16 @@ def _percentile(comparison: Comparison) -> float:
     return float(torch.tensor([error.error for error in comparison.errors]).quantile(0.95))
 
 
-def _explain(subject: Subject, comparison: Comparison, limit: float) -> str:
-    first = first_divergence(comparison.errors, limit)
+def _explain(subject: Subject, first: ModuleError | None, culprit: ModuleError | None) -> str:
     if first is None:
         return "no module of the port could be compared"
     told = f"first divergence at {first.module} ({first.kind}), {first.error:.1e}"
-    local = first_local(comparison.errors, limit, lambda error: _rerun(subject, comparison, error))
-    if local is None:
-        return f"{told}; no module could be re-run on the original's input"
-    culprit, error = local
-    where = (
-        "wrong by itself"
-        if culprit.module == first.module
-        else f"inherited; {culprit.module} ({culprit.kind}) is wrong by itself"
-    )
-    return f"{told}, {where} ({error:.1e}); look at: {_cause(subject, culprit, limit)}"
+    if culprit is None:
+        return f"{told}, on input that is already wrong"
+    where = "wrong by itself"
+    if culprit.module != first.module:
+        where = f"inherited: wrong by itself is {culprit.module} ({culprit.kind})"
+    return f"{told}, {where}; look at: {_cause(subject, culprit)}"
 
 
 def _rerun(subject: Subject, comparison: Comparison, error: ModuleError) -> float | None:
@@ -68,10 +66,10 @@ def _rerun(subject: Subject, comparison: Comparison, error: ModuleError) -> floa
     return float(token_errors(outputs[0], expected).max()) if outputs else None
 
 
-def _cause(subject: Subject, culprit: ModuleError, limit: float) -> str:
+def _cause(subject: Subject, culprit: ModuleError) -> str:
     module = subject.model.get_submodule(culprit.module)
-    attends = any(hasattr(child, "cache_shape") for child in module.modules())
-    return suggest(culprit.kind, attends, culprit.token_errors, subject.positions, limit)
+    attends = any(hasattr(child, "cache_shape") for child in module.children())
+    return suggest(culprit.kind, attends, culprit.token_errors, subject.positions, subject.tolerance.module)
 
 
 def _data(comparison: Comparison, worst: float) -> dict[str, object]:
