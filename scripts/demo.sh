@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The main job on a real model, from nothing: convert, verify, register, complete. Writes .venv and .demo only.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+./scripts/setup.sh gguf
+export PATH="$PWD/.venv/bin:$PATH" PORTER_HOME="$PWD/.demo/home" HF_HUB_OFFLINE=1
+say() { printf '\n$ %s\n' "$*"; "$@"; }
+
+say python scripts/make_smollm2.py .demo/smollm2
+say porter convert llama -o .demo/llama
+say porter verify .demo/llama --model .demo/smollm2
+say porter register .demo/llama
+say porter complete .demo/smollm2 "The capital of France is" --max-tokens 24
