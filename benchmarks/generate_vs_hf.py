@@ -2,8 +2,8 @@
 
     python benchmarks/generate_vs_hf.py MODEL [--port FILE] [--batch 1 16] [--dtype float32] [--device cpu]
 
-Same weights, dtype, prompts, threads and number of tokens on both sides; greedy, the end token ignored. Each round times
-one side after the other; the ratio is that of the medians. Results go to benchmarks/results/ as JSON.
+Same weights, dtype, prompts, threads and number of tokens on both sides; greedy, the end token ignored. Each round
+times one side after the other; the ratio is that of the medians. Results go to benchmarks/results/ as JSON.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def device_name(device: str) -> str:
 def main() -> None:
     args = parse()
     dtype = getattr(torch, args.dtype)
-    llm = LLM(args.model, port=args.port, dtype=args.dtype, device=args.device, skip_tokenizer_init=True, max_model_len=2048)
+    options = {"port": args.port, "dtype": args.dtype, "device": args.device}
+    llm = LLM(args.model, skip_tokenizer_init=True, max_model_len=2048, **options)
     hf = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     rows = []
     print(f"{'batch':>5} {'porter tok/s':>13} {'HF tok/s':>10} {'ratio':>7}  same outputs")

@@ -60,7 +60,7 @@ class BlockManager:
         return True
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
-        """Let others share the full blocks among the first `num_tokens` tokens, which are computed by this step's end."""
+        """Let others share the full blocks of the first `num_tokens` tokens, which this step completes."""
         if not self.enable_prefix_caching:
             return
         first = min(seq.num_computed_tokens, num_tokens) // self.block_size

@@ -27,8 +27,8 @@ _DEFAULT_LENGTH = 2048
 class EngineConfig:
     """Everything that decides how one model is served, resolved and checked.
 
-    `model` is a folder, `hf_config` its config, `port` a reference that `load_port` understands. `num_blocks` None means
-    as many as memory allows; sizes are in tokens, `gpu_memory_utilization` is a fraction of the device.
+    `model` is a folder, `hf_config` its config, `port` a reference that `load_port` understands. `num_blocks` None
+    means as many as memory allows; sizes are in tokens, `gpu_memory_utilization` is a fraction of the device.
     """
 
     model: Path
@@ -109,7 +109,7 @@ def resolve_max_model_len(hf_config: Any, requested: int | None) -> int:
         return limit or _DEFAULT_LENGTH
     _check_positive("max_model_len", requested)
     if limit is not None and requested > limit:
-        raise ConfigError(f"max_model_len {requested} is more than the model's {limit} positions", "lower max_model_len")
+        raise ConfigError(f"max_model_len {requested} is more than the model's {limit} positions", "lower it")
     return requested
 
 

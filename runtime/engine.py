@@ -1,6 +1,6 @@
 """The public API: LLM(model).generate(prompts, SamplingParams(...))."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,8 @@ from porter.runtime.errors import RequestError
 from porter.runtime.llm_engine import LLMEngine
 from porter.runtime.model_registry import ModelRegistry, load_port, port_reference
 from porter.runtime.outputs import RequestOutput
-from porter.runtime.sampling import RequestOutputKind, SamplingParams
+from porter.runtime.sampling import RequestOutputKind
+from porter.runtime.sampling import SamplingParams as SamplingParams
 
 
 class TokensPrompt(TypedDict):
@@ -38,13 +39,14 @@ Message = dict[str, Any]
 class LLM:
     """A model ready to generate.
 
-    model: checkpoint folder or hub name. port: port file, folder, "module:Class" or class; without it the registry decides
-        by the config's architectures.
+    model: checkpoint folder or hub name.
+    port: port file, folder, "module:Class" or class; without it the registry decides by the config's architectures.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". quantization: None or "int8".
-    max_model_len: prompt plus output in tokens; default what the model has positions for. num_blocks: KV cache blocks of
-        block_size tokens; default what memory allows. max_num_batched_tokens: tokens a step at most.
+    max_model_len: prompt plus output in tokens; default what the model has positions for.
+    num_blocks: KV cache blocks of block_size tokens; default what memory allows.
+    max_num_batched_tokens, max_num_seqs: tokens and sequences of a step at most.
     load_progress: called with (bytes loaded, bytes in all). load_format "dummy" fills the model with noise.
-    enforce_eager: never capture CUDA graphs.
+    enforce_eager: accepted as vLLM's; every step runs eagerly.
 
     Raises EngineError subclasses, one line each: ConfigError, PortError, WeightError, WorkerError.
     """
@@ -136,7 +138,7 @@ class LLM:
         prompts = [self.chat_prompt(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[RequestOutput]:
         """Answer one prompt; yields what is new after each step. Leaving the loop early aborts the request."""
         params = replace(sampling_params or self.get_default_sampling_params(), output_kind=RequestOutputKind.DELTA)
         request_id = str(next(self._ids))
@@ -171,11 +173,13 @@ class LLM:
             given = self.get_default_sampling_params()
         params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts came with {len(params)} SamplingParams", "give one, or one for each")
+            raise RequestError(
+                f"{len(prompts)} prompts came with {len(params)} SamplingParams", "give one, or one for each"
+            )
         return [replace(each, output_kind=RequestOutputKind.FINAL_ONLY) for each in params]
 
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         finished: dict[str, RequestOutput] = {}
         with tqdm(total=num_requests, desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:

@@ -81,7 +81,7 @@ class Executor:
         self.config = config
         self._workers: list[Worker] = []
         self._failure: EngineError | None = None
-        self._close = weakref.finalize(self, _stop_workers, self._workers)
+        self._close = weakref.finalize(self, _stop_workers, self._workers, torch.get_num_threads())
         try:
             if config.tensor_parallel_size > 1:
                 self._start_workers()
@@ -90,7 +90,7 @@ class Executor:
                 worker.expect("loaded")
             self.num_blocks = self._allocate()
         except BaseException:
-            self.shutdown()
+            self._terminate()
             raise
 
     def execute(
@@ -100,7 +100,7 @@ class Executor:
         prompt_targets: PromptTargets | None = None,
     ) -> StepOutput:
         """Run the step in `buffer` (see step_input) on all ranks."""
-        if not self._workers:
+        if self.config.tensor_parallel_size == 1:
             output = self._runner.execute(buffer, sampling_metadata, prompt_targets)
         else:
             self._send(("execute", buffer))
@@ -154,6 +154,8 @@ class Executor:
     def _send(self, order: tuple[Any, ...]) -> None:
         if self._failure is not None:
             raise self._failure
+        if not self._close.alive:
+            raise WorkerError("the engine was shut down", "start a new LLM")
         payload = pickle.dumps(order, protocol=pickle.HIGHEST_PROTOCOL)
         for worker in self._workers:
             try:
@@ -174,10 +176,13 @@ class Executor:
 
     def _fail(self, error: EngineError) -> None:
         self._failure = error
+        self._terminate()
+        raise error
+
+    def _terminate(self) -> None:
         for worker in self._workers:
             worker.process.terminate()
         self.shutdown()
-        raise error
 
 
 def worker_main(rank: int, config: EngineConfig, init_method: str, pipe: Connection) -> None:
@@ -236,7 +241,7 @@ def _watch(executor: "weakref.ref[Executor]", workers: list[Worker]) -> None:
         torch.distributed.distributed_c10d._abort_process_group()
 
 
-def _stop_workers(workers: list[Worker]) -> None:
+def _stop_workers(workers: list[Worker], num_threads: int) -> None:
     for worker in workers:
         try:
             worker.pipe.send_bytes(pickle.dumps(("stop",)))
@@ -254,3 +259,4 @@ def _stop_workers(workers: list[Worker]) -> None:
     if workers:
         workers.clear()
         destroy_parallel()
+        torch.set_num_threads(num_threads)

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from porter.runtime.block_manager import BlockManager
 from porter.runtime.completion import Completion
@@ -20,7 +19,7 @@ from porter.runtime.sampling import LogprobsTensors, RequestOutputKind, Sampling
 from porter.runtime.sampling_batch import build_sampling_metadata, child_seed
 from porter.runtime.scheduler import ScheduledBatch, Scheduler
 from porter.runtime.sequence import Sequence
-from porter.runtime.step_input import BatchArrays
+from porter.runtime.step_input import BatchArrays, IntArray
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
@@ -155,7 +154,7 @@ class LLMEngine:
             raise RequestError("the prompt is empty", "give at least one token")
         if len(token_ids) >= self.config.max_model_len:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, max_model_len {self.config.max_model_len} leaves no room to answer",
+                f"the prompt's {len(token_ids)} tokens leave no room in max_model_len {self.config.max_model_len}",
                 "shorten the prompt or raise max_model_len",
             )
         named = [*token_ids, *(params.logit_bias or {}), *params.stop_ids]
@@ -165,7 +164,7 @@ class LLMEngine:
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer", "use stop_token_ids")
 
-    def _prompt_rows(self, batch: ScheduledBatch, ends: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], PromptTargets | None]:
+    def _prompt_rows(self, batch: ScheduledBatch, ends: IntArray) -> tuple[IntArray, PromptTargets | None]:
         rows, targets, most = [], [], 0
         for seq, start, stop, place in self._prompt_spans(batch, ends):
             rows.append(np.arange(stop - start) + place)
@@ -175,9 +174,7 @@ class LLMEngine:
             return _NO_ROWS, None
         return np.concatenate(rows), PromptTargets(np.concatenate(targets), most)
 
-    def _prompt_spans(
-        self, batch: ScheduledBatch, ends: npt.NDArray[np.int64]
-    ) -> Iterable[tuple[Sequence, int, int, int]]:
+    def _prompt_spans(self, batch: ScheduledBatch, ends: IntArray) -> Iterable[tuple[Sequence, int, int, int]]:
         """(sequence, first and last + 1 prompt position with a wanted row in this step, the first one's place)."""
         for seq, num_new, end in zip(batch.sequences, batch.num_new_tokens, ends.tolist(), strict=True):
             if seq.num_prompt_logprobs is None:
@@ -194,7 +191,8 @@ class LLMEngine:
         place = 0
         for seq, start, stop, _ in self._prompt_spans(batch, np.cumsum(batch.num_new_tokens)):
             listed = self._requests[seq.request_id].prompt_logprobs
-            assert listed is not None and seq.num_prompt_logprobs is not None
+            assert listed is not None
+            assert seq.num_prompt_logprobs is not None
             for row in rows[place : place + stop - start]:
                 listed.append(self._token_logprobs(row, seq.num_prompt_logprobs))
             seq.num_prompt_logprobs_done = stop

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -32,8 +31,8 @@ class _ModelRegistry:
         if isinstance(port, str):
             if not all(part.strip() for part in port.split(":")) or port.count(":") != 1:
                 raise PortError(f"{port!r} does not name a port", "write module:Class")
-        elif not hasattr(port, "compute_logits"):
-            raise PortError(f"{port!r} is not a port class", "it needs forward, compute_logits, sample and load_weights")
+        elif not _is_port(port):
+            raise PortError(f"{port!r} is not a port class", "it needs compute_logits, sample and load_weights")
         self._registered[architecture] = port
 
     def unregister_model(self, architecture: str) -> None:
@@ -54,7 +53,9 @@ class _ModelRegistry:
                 return load_port(entry.value)
         if not names:
             raise PortError("the config names no architecture", "pass port=FILE, or add architectures to config.json")
-        raise PortError(f"no port for {', '.join(names)}", "make one with porter convert and porter register, or pass port=FILE")
+        raise PortError(
+            f"no port for {', '.join(names)}", "make one with porter convert and porter register, or pass port=FILE"
+        )
 
 
 ModelRegistry = _ModelRegistry()
@@ -65,10 +66,8 @@ def store_root() -> Path:
     home = os.environ.get("PORTER_HOME")
     if home:
         return Path(home)
-    try:
-        from platformdirs import user_data_dir
-    except ModuleNotFoundError:
-        return Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "porter"
+    from platformdirs import user_data_dir
+
     return Path(user_data_dir("porter"))
 
 
@@ -155,11 +154,8 @@ def _class_in_file(file: Path, class_name: str | None) -> type[nn.Module]:
             class_name = manifest.get("architecture")
     if class_name is not None:
         return _named_class(module, class_name, str(file))
-    classes = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and value.__module__ == module.__name__ and hasattr(value, "compute_logits")
-    ]
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    classes = [value for value in own if _is_port(value)]
     if not classes:
         raise PortError(f"{file} has no class with compute_logits", "give a port written by porter convert")
     return classes[-1]
@@ -167,14 +163,18 @@ def _class_in_file(file: Path, class_name: str | None) -> type[nn.Module]:
 
 def _named_class(module: ModuleType, name: str, port: str) -> type[nn.Module]:
     found = getattr(module, name, None)
-    if not inspect.isclass(found) or not hasattr(found, "compute_logits"):
+    if not _is_port(found):
         raise PortError(f"{port} has no port class {name}", "check the name; a port class has compute_logits")
     return found
 
 
+def _is_port(value: object) -> TypeGuard[type[nn.Module]]:
+    return isinstance(value, type) and issubclass(value, nn.Module) and hasattr(value, "compute_logits")
+
+
 def _import_file(file: Path) -> ModuleType:
-    # The folder becomes a package of its own name, so that `from .configuration_x import` works; the file's content is in
-    # the name, so that an edited file is read again.
+    # The folder becomes a package of its own name, so that `from .configuration_x import` works; the file's content
+    # is in the name, so that an edited file is read again.
     digest = hashlib.sha256(str(file.parent).encode() + file.read_bytes()).hexdigest()[:16]
     package_name = f"{_PACKAGE}{digest}"
     if package_name not in sys.modules:

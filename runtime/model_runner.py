@@ -52,7 +52,7 @@ class ModelRunner:
         self.kv_caches: list[torch.Tensor] = []
 
     def num_blocks_in_memory(self) -> int:
-        """How many blocks fit: what is left of a GPU, or a quarter of the free memory (4 GiB at most) on a CPU."""
+        """How many blocks fit: what is left of a GPU, or an eighth of the memory (4 GiB at most) on a CPU."""
         config = self.config
         shapes = [layer.cache_shape(1, config.block_size) for layer in self.attention_layers]
         block_bytes = sum(int(np.prod(shape)) for shape in shapes) * config.dtype.itemsize
@@ -60,7 +60,7 @@ class ModelRunner:
             free, total = torch.cuda.mem_get_info(config.device)
             memory = free - int(total * (1 - config.gpu_memory_utilization))
         else:
-            memory = min(_available_memory() // 4 // config.tensor_parallel_size, _CPU_CACHE_BYTES)
+            memory = min(_physical_memory() // 8, _CPU_CACHE_BYTES) // config.tensor_parallel_size
         most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         return max(min(memory // max(block_bytes, 1), most_useful), 0)
 
@@ -169,9 +169,5 @@ def dummy_step(num_tokens: int, block_size: int, device: torch.device) -> StepIn
     return StepInput(torch.zeros_like(positions), positions, metadata, positions[-1:], 1)
 
 
-def _available_memory() -> int:
-    try:
-        import psutil
-    except ModuleNotFoundError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return int(psutil.virtual_memory().available)
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

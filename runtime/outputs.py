@@ -29,8 +29,8 @@ class RequestMetrics:
 class CompletionOutput:
     """One sample: text and tokens so far (or only what is new, with RequestOutputKind.DELTA).
 
-    `finish_reason` is "stop", "length", "abort" or None while it runs; `stop_reason` the stop string or token id that ended
-    it, None for the end-of-text token.
+    `finish_reason` is "stop", "length", "abort" or None while it runs; `stop_reason` the stop string or token id that
+    ended it, None for the end-of-text token.
     """
 
     index: int

@@ -29,8 +29,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `max_tokens` None means up to the
     model's length. Filters apply in the order logit_bias and min_tokens, penalties, temperature, min_p, top_k, top_p.
-    `logprobs` are of the raw logits: k best tokens and the sampled one at each step. With `seed`, the same request gives
-    the same tokens whatever else is in the batch.
+    `logprobs` are of the raw logits: k best tokens and the sampled one at each step. With `seed`, the same request
+    gives the same tokens whatever else is in the batch.
     """
 
     n: int = 1
@@ -81,7 +81,7 @@ class SamplingParams:
 
     def _check_combinations(self) -> None:
         if self.n > 1 and self.temperature == 0:
-            raise RequestError("n must be 1 when temperature is 0", "all greedy samples are the same; raise temperature")
+            raise RequestError("n must be 1 when temperature is 0", "greedy samples are equal; raise temperature")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
         if self.stop_strings and not self.detokenize:
@@ -150,9 +150,9 @@ class SparseLogits:
 class SamplingMetadata:
     """What the sampler needs for a batch of n rows; a None means that no row uses the feature.
 
-    `temperature`, `min_p`, `top_p` float32 [n], `top_k` int64 [n] (vocab size or more = off), `uniform` float64 [n] in [0, 1).
-    `bias` is added; `repetition` holds a penalty for each token seen, `frequency` what is subtracted for each generated one.
-    `num_logprobs` is the most that a row asks for, -1 for none.
+    `temperature`, `min_p`, `top_p` float32 [n], `top_k` int64 [n] (vocab size or more = off, `max_top_k` the largest
+    below), `uniform` float64 [n] in [0, 1). `bias` is added; `repetition` holds a penalty for each token seen,
+    `frequency` what is subtracted for each generated one. `num_logprobs` is the most that a row asks for, -1 for none.
     """
 
     temperature: torch.Tensor | None = None
@@ -190,7 +190,7 @@ class SamplerOutput:
 class Sampler(nn.Module):
     """Picks one token a row: `(logits [n, vocab], SamplingMetadata) -> SamplerOutput`.
 
-    Random rows invert the cumulative distribution at the row's own uniform number, so a row does not depend on the others.
+    Random rows invert the cumulative distribution at the row's own uniform number, so that no row depends on another.
     """
 
     def forward(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
@@ -233,7 +233,8 @@ def _adjust(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
 
 
 def _sample_random(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
-    assert metadata.temperature is not None and metadata.uniform is not None
+    assert metadata.temperature is not None
+    assert metadata.uniform is not None
     temperature = torch.where(metadata.temperature > 0, metadata.temperature, 1.0).unsqueeze(-1)
     # The maximum is taken off first so that a tiny temperature can't overflow
     scaled = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / temperature
@@ -250,11 +251,10 @@ def _sample_random(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Te
 def _threshold(scaled: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
     """The least logit that top_k and top_p keep, [n]; tokens tied with it are kept too."""
     vocab_size = scaled.shape[-1]
-    top_k = metadata.top_k if metadata.top_k is not None else scaled.new_full((len(scaled),), vocab_size, dtype=torch.long)
-    if metadata.top_p is None:
-        width = metadata.max_top_k
-    else:
-        width = max(metadata.max_top_k, NUCLEUS_CANDIDATES)
+    top_k = metadata.top_k
+    if top_k is None:
+        top_k = torch.full((len(scaled),), vocab_size, device=scaled.device)
+    width = metadata.max_top_k if metadata.top_p is None else max(metadata.max_top_k, NUCLEUS_CANDIDATES)
     threshold, complete = _threshold_among(scaled, min(width, vocab_size), top_k, metadata.top_p)
     if not complete:
         threshold, _ = _threshold_among(scaled, vocab_size, top_k, metadata.top_p)

@@ -19,7 +19,8 @@ def mix(seeds: npt.NDArray[np.uint64], steps: npt.NDArray[np.uint64]) -> npt.NDA
         bits = seeds + (steps + np.uint64(1)) * _GOLDEN
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))
+    return mixed
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -37,7 +38,7 @@ def build_sampling_metadata(sequences: list[Sequence], vocab_size: int, device: 
     return SamplingMetadata(
         temperature=_column([p.temperature for p in params], device) if is_random else None,
         min_p=_column([p.min_p for p in params], device) if any(p.min_p > 0 for p in params) else None,
-        top_k=_column([p.top_k if p.top_k > 0 else vocab_size for p in params], device, torch.int64) if max_top_k else None,
+        top_k=_indices([p.top_k if p.top_k > 0 else vocab_size for p in params], device) if max_top_k else None,
         top_p=_column([p.top_p for p in params], device) if any(p.top_p < 1 for p in params) else None,
         uniform=torch.from_numpy(_uniform(sequences)).to(device) if is_random else None,
         max_top_k=max_top_k,
@@ -48,8 +49,12 @@ def build_sampling_metadata(sequences: list[Sequence], vocab_size: int, device: 
     )
 
 
-def _column(values: list[Any], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+def _column(values: npt.ArrayLike, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(device)
+
+
+def _indices(values: npt.ArrayLike, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
 
 
 def _uniform(sequences: list[Sequence]) -> npt.NDArray[np.float64]:
@@ -76,7 +81,7 @@ def _sparse(entries: Iterable[tuple[int, int, float]], device: torch.device) -> 
         values.append(value)
     if not rows:
         return None
-    return SparseLogits(_column(rows, device, torch.int64), _column(tokens, device, torch.int64), _column(values, device))
+    return SparseLogits(_indices(rows, device), _indices(tokens, device), _column(values, device))
 
 
 def _repetition(sequences: list[Sequence], device: torch.device) -> SparseLogits | None:
@@ -106,4 +111,4 @@ def _concatenate(
     rows = np.repeat([row for row, _, _ in found], [len(tokens) for _, tokens, _ in found])
     tokens = np.concatenate([tokens for _, tokens, _ in found])
     values = np.concatenate([values for _, _, values in found])
-    return SparseLogits(_column(rows, device, torch.int64), _column(tokens, device, torch.int64), _column(values, device))
+    return SparseLogits(_indices(rows, device), _indices(tokens, device), _column(values, device))

@@ -16,7 +16,7 @@ class SequenceStatus(Enum):
 class Sequence:
     """State of one sample while it is served.
 
-    `index` counts the n samples of a request, `seed` drives its random numbers, `stop_ids` are the token ids that end it.
+    `index` counts the n samples of a request, `seed` drives its random numbers, `stop_ids` are token ids that end it.
     `block_table` holds block ids, `block_hashes` the prefix hashes of its full blocks as far as known, and `row` its
     row in the batch arrays while it runs. `num_computed_tokens` tokens have their keys and values in the cache;
     `num_cached_tokens` of them came from a shared prefix when it first ran, -1 before that.

@@ -38,15 +38,12 @@ def unpack(buffer: torch.Tensor, device: torch.device) -> StepInput:
         buffer = buffer.pin_memory()
     data = buffer[_HEADER * 8 :].to(device, non_blocking=True)
     split = 8 * (3 * num_tokens + num_rows)
-    input_ids, positions, slot_mapping, logits_rows = (
-        data[:split].view(torch.int64).split([num_tokens, num_tokens, num_tokens, num_rows])
-    )
-    context_lens, cu_seqlens_q, block_tables = (
-        data[split:].view(torch.int32).split([num_seqs, num_seqs + 1, num_seqs * max_blocks])
-    )
+    wide, narrow = data[:split].view(torch.int64), data[split:].view(torch.int32)
+    input_ids, positions, slot_mapping, logits_rows = torch.split(wide, [num_tokens, num_tokens, num_tokens, num_rows])
+    context_lens, cu_seqlens_q, tables = torch.split(narrow, [num_seqs, num_seqs + 1, num_seqs * max_blocks])
     metadata = AttentionMetadata(
         slot_mapping=slot_mapping,
-        block_tables=block_tables.view(num_seqs, max_blocks),
+        block_tables=tables.view(num_seqs, max_blocks),
         context_lens=context_lens,
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,

@@ -41,7 +41,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
     """Random prompts of these lengths that start alike."""
     generator = torch.Generator().manual_seed(1)
     longest = torch.randint(3, VOCAB, (max(lengths),), generator=generator).tolist()
-    return [longest[: length - 1] + [3 + length % 7] for length in lengths]
+    return [[*longest[: length - 1], 3 + length % 7] for length in lengths]
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +78,9 @@ def serve() -> Iterator[Callable[..., LLM]]:
     started: list[LLM] = []
 
     def start(folder: Path, **options: Any) -> LLM:
-        options = {"port": PORT, "device": "cpu", "skip_tokenizer_init": True, "num_blocks": 64, "block_size": 4} | options
-        options.setdefault("max_model_len", 64)
-        started.append(LLM(folder, **options))
+        defaults: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_model_len": 64}
+        defaults |= {"port": PORT, "device": "cpu", "skip_tokenizer_init": True}
+        started.append(LLM(folder, **(defaults | options)))
         return started[-1]
 
     yield start

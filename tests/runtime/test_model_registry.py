@@ -113,7 +113,7 @@ def test_a_reference_leads_another_process_to_the_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("x = (", "can't be imported"), ("x = 1", "no class with compute_logits"), ("import nothing_here", "nothing_here")],
+    [("x = (", "can't be imported"), ("x = 1", "no class with compute_logits"), ("import no_such", "no_such")],
 )
 def test_a_useless_file_is_one_line(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "bad.py").write_text(content)

@@ -150,7 +150,9 @@ def test_repetition_penalty_pushes_negative_logits_down() -> None:
     assert sample(logits[None], [sequence(SamplingParams(temperature=0, repetition_penalty=2.0))]) == [5]
 
 
-@pytest.mark.parametrize(("name", "penalty", "output"), [("presence_penalty", 1.0, [9]), ("frequency_penalty", 0.5, [9, 9])])
+@pytest.mark.parametrize(
+    ("name", "penalty", "output"), [("presence_penalty", 1.0, [9]), ("frequency_penalty", 0.5, [9, 9])]
+)
 def test_presence_and_frequency_count_the_output_only(name: str, penalty: float, output: list[int]) -> None:
     logits = torch.zeros(VOCAB)
     logits[9], logits[2] = 4.0, 3.5
