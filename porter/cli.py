@@ -99,7 +99,10 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Real weights: a checkpoint folder or a hub repository.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Tiny random checkpoints of the model type.")] = False,
     dtype: Dtype = "float32",
-    tp: Annotated[list[int] | None, typer.Option(help="Tensor-parallel sizes to compare with 1; default 2.")] = None,
+    tp: Annotated[
+        list[int] | None,
+        typer.Option(help="Tensor-parallel size to compare with 1; default: a small one that divides."),
+    ] = None,
     port: PortFile = None,
     json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -108,8 +111,7 @@ def verify(
     from porter import commands
     from porter.verify.request import Request
 
-    sizes = tuple(tp) if tp else (2,)
-    request = Request(subject, model, random, dtype, sizes, port, trust_remote_code)
+    request = Request(subject, model, random, dtype, tuple(tp or ()), port, trust_remote_code)
     raise typer.Exit(commands.verify(request, json))
 
 

@@ -9,13 +9,16 @@ from porter.verify.tolerances import tolerance
 
 @dataclass(frozen=True)
 class Request:
-    """`subject` is a port, a source or a model type; either `model` (real weights) or `random` is given."""
+    """`subject` is a port, a source or a model type; either `model` (real weights) or `random` is given.
+
+    `tp` are the sizes to compare with 1; empty: the smallest that divides the model's heads.
+    """
 
     subject: str | None = None
     model: str | None = None
     random: bool = False
     dtype: str = "float32"
-    tp: tuple[int, ...] = (2,)
+    tp: tuple[int, ...] = ()
     port: Path | None = None
     trust_remote_code: bool = False
 

@@ -82,9 +82,16 @@ def _random_case(plan: _Plan, base: Any, variant: Variant, folder: Path, process
 
 def _subject(plan: _Plan, folder: Path, config: Any, prompts: list[list[int]]) -> Subject:
     request = plan.request
+    sizes = request.tp or (smallest_tp(config),)
     return Subject(
-        folder, plan.port.path, plan.port_class, config, request.dtype, prompts, request.tp, request.trust_remote_code
+        folder, plan.port.path, plan.port_class, config, request.dtype, prompts, sizes, request.trust_remote_code
     )
+
+
+def smallest_tp(config: Any) -> int:
+    """The smallest tp_size from 2 to 8 that divides the number of attention heads; 2 if none does."""
+    heads = getattr(config.get_text_config(), "num_attention_heads", 2)
+    return next((size for size in range(2, 9) if heads % size == 0), 2)
 
 
 def run_case(name: str, overrides: dict[str, Any], subject: Subject, told: Told, processes: bool) -> Case:

@@ -79,8 +79,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def shrink(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
     """A config of the same class with small sizes, every kind of layer once, and `overrides` on top."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _GENERIC}
-    small = _pick_layers(_shrink_fields(fields), _layer_count(fields))
+    small = _shrink_config(config.to_dict())
     if "kv_lora_rank" in small and "num_key_value_heads" in small:
         small["num_key_value_heads"] = HEADS  # latent attention has a key for every head
     try:
@@ -135,13 +134,15 @@ def _spread_logits(model: PreTrainedModel, spread: float = 2.5) -> None:
         head.weight.mul_(min(max(spread / max(deviation, 1e-6), 0.2), 5.0))
 
 
-def _shrink_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: _shrunk(name, value) for name, value in fields.items()}
+def _shrink_config(config: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in config.items() if name not in _GENERIC}
+    small = {name: _shrunk(str(name), value) for name, value in fields.items()}
+    return _pick_layers(small, _layer_count(fields))
 
 
 def _shrunk(name: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return _shrink_fields(value)
+        return _shrink_config(value)
     if "softcap" in name and isinstance(value, float):
         return _SOFTCAP
     if name == "eos_token_id" and isinstance(value, list):
