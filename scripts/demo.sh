@@ -12,3 +12,11 @@ say porter convert llama -o .demo/llama
 say porter verify .demo/llama --model .demo/smollm2
 say porter register .demo/llama
 say porter complete .demo/smollm2 "The capital of France is" --max-tokens 24
+
+cat <<END
+
+To go on from here:
+  source .venv/bin/activate
+  export PORTER_HOME=$PORTER_HOME
+  porter chat .demo/smollm2
+END
