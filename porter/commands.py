@@ -1,14 +1,13 @@
 """What each command calls and prints. Heavy modules are imported only where they are used."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porter import console, registry
-from porter.errors import CheckFailed, UsageError
+from porter.errors import CheckFailed, UsageError, explained_config
 from porter.manifest import Port, dumps, read_port, write_port
 
 if TYPE_CHECKING:
@@ -222,16 +221,10 @@ def ledger(model: str, port: Path | None, json: bool) -> int:
     return 0 if result.complete else CheckFailed.exit_code
 
 
-@contextmanager
-def _loading(title: str) -> Iterator[Callable[[int, int], None]]:
-    with console.bytes_progress(title) as update:
-        yield update
-
-
 def _engine(model: str, options: Sampling) -> "LLM":
     from porter.runtime.engine import LLM
 
-    with _loading(f"loading {model}") as progress:
+    with explained_config(), console.bytes_progress(f"loading {model}") as progress:
         return LLM(model, port=options.port, dtype=options.dtype, load_progress=progress)
 
 

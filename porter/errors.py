@@ -12,6 +12,8 @@ PorterError                 exit 2: the input or the call is wrong
 └── CheckFailed             exit 1: the tool worked and found a problem
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -81,3 +83,18 @@ class CheckFailed(PorterError):
     """The tool did its work and found a problem: exit code 1."""
 
     exit_code = 1
+
+
+@contextmanager
+def explained_config() -> Iterator[None]:
+    """A port that asks its config for a field that it lacks raises CheckpointError instead of AttributeError."""
+    try:
+        yield
+    except AttributeError as error:
+        if not hasattr(error.obj, "model_type"):
+            raise
+        kind = getattr(error.obj, "model_type", "") or "model"
+        raise CheckpointError(
+            f"the port reads config.{error.name}, which this {kind} config lacks",
+            "use the checkpoint that the port is for",
+        ) from error

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from porter.errors import CheckpointError
+from porter.errors import CheckpointError, explained_config
 from porter.manifest import Port
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _read_header(file: Path) -> dict[str, Any]:
 def _skeleton(port: Any, config: Any) -> Any:
     import torch
 
-    with torch.device("meta"):
+    with explained_config(), torch.device("meta"):
         return port(config)
 
 

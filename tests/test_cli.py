@@ -1,11 +1,12 @@
 """The command line: quick to start, one line an error, exit codes that scripts can rely on."""
 
+import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from typer.testing import CliRunner, Result
 from porter import __version__, commands
 from porter.cli import app
 from porter.errors import CheckFailed, PorterError
+from porter.runtime.outputs import CompletionOutput, RequestOutput
+from porter.runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., Result]
@@ -45,7 +48,7 @@ def test_help_takes_less_than_300_ms_of_processor_time() -> None:
     for _ in range(3):
         assert porter("--help").returncode == 0
         marks.append(spent())
-    assert min(after - before for before, after in zip(marks, marks[1:], strict=False)) < 0.3
+    assert min(after - before for before, after in itertools.pairwise(marks)) < 0.3
 
 
 def test_version(run: Run) -> None:
@@ -107,7 +110,10 @@ def test_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseExcept
 
 
 def test_a_bug_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "list_ports", lambda json: {}["bug"])
+    def fail(json: bool) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(commands, "list_ports", fail)
     assert isinstance(run("list").exception, KeyError)
 
 
@@ -125,3 +131,45 @@ def test_a_closed_pipe_ends_quietly() -> None:
 def test_list_of_an_empty_store(run: Run) -> None:
     assert json.loads(run("list", "--json").stdout) == []
     assert run("list").stdout == ""
+
+
+class FakeLLM:
+    """Answers with the prompt in capitals, word by word."""
+
+    def generate(self, prompts: list[str], params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
+        return [output_of(prompt.upper()) for prompt in prompts]
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+        return f"{len(messages)}: {messages[-1]['content']}"
+
+    def stream(self, prompt: str, params: SamplingParams) -> Iterator[RequestOutput]:
+        yield from (output_of(word + " ") for word in prompt.upper().split())
+
+
+def output_of(text: str) -> RequestOutput:
+    return RequestOutput("0", None, [], [CompletionOutput(0, text, [1, 2], finish_reason="length")], True)
+
+
+@pytest.fixture
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_engine", lambda model, options: FakeLLM())
+
+
+@pytest.mark.usefixtures("_engine")
+def test_complete_prints_prompt_and_text(run: Run) -> None:
+    assert run("complete", "model", "hello ").stdout == "hello HELLO \n"
+    found = json.loads(run("complete", "model", "hello", "--json").stdout)
+    assert found == {"prompt": "hello", "text": "HELLO", "token_ids": [1, 2], "reason": "length"}
+
+
+@pytest.mark.usefixtures("_engine")
+def test_chat_keeps_the_conversation_until_an_empty_line() -> None:
+    result = CliRunner().invoke(app, ["chat", "model"], input="good day\nand you\n\nunread\n")
+    assert (result.exit_code, result.stdout) == (0, "1: GOOD DAY \n3: AND YOU \n")
+
+
+@pytest.mark.usefixtures("_engine")
+@pytest.mark.parametrize("option", ["--temperature=-1", "--max-tokens=0"])
+def test_a_bad_sampling_value_is_one_line(run: Run, option: str) -> None:
+    result = run("complete", "model", "hello", option)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

@@ -130,3 +130,11 @@ def test_the_command_exits_1_when_something_is_left_over(checkpoint: Path, chang
 def test_the_table_fits_80_columns(checkpoint: Path) -> None:
     result = CliRunner().invoke(app, ["ledger", "--model", str(checkpoint), "--port", str(PORT)])
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_a_config_that_lacks_a_field_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    port = tmp_path / "port.py"
+    port.write_text(PORT.read_text().replace("config.mlp_bias", "config.no_such_field"))
+    result = CliRunner().invoke(app, ["ledger", "--model", str(checkpoint), "--port", str(port)])
+    assert result.exit_code == 2
+    assert "config.no_such_field, which this llama config lacks" in result.stderr

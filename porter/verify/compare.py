@@ -20,8 +20,8 @@ _TINY = 1e-3  # a token whose output is smaller than this share of the usual is 
 class ModuleError:
     """One call of one module: relative errors `[num_tokens]` against the original's output, and the one that counts.
 
-    That is the largest over tokens in float32. Against a rounded original it is the error over all tokens divided by what
-    rounding alone costs.
+    That is the largest over tokens in float32. Against a rounded original it is the error over all tokens divided by
+    what rounding alone costs.
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""The scoreboard: `python -m porter.verify.scoreboard` converts and verifies a list of sources and writes docs/scoreboard.*.
+"""`python -m porter.verify.scoreboard` converts and verifies a list of sources and writes docs/scoreboard.*.
 
 Slow: every source is verified on a tiny random checkpoint for each flag of its config that the port reads.
 """
