@@ -1,0 +1,1 @@
+"""Understand a modeling file without running it: symbolic execution, layouts, attention, weights."""
