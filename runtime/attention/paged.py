@@ -55,18 +55,20 @@ class PagedAttention(nn.Module):
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """`[num_tokens, num_heads * head_dim]`; key and value are stored in kv_cache first."""
-        query = query.view(-1, self.num_heads, self.head_dim)
-        key = key.view(-1, self.num_kv_heads, self.head_dim)
-        value = value.view(-1, self.num_kv_heads, self.head_dim)
-        store_kv_cache(key, value, kv_cache, attn_metadata.slot_mapping)
-        batch = attn_metadata.once("batch", lambda: _batch(attn_metadata))
+        query = query.reshape(-1, self.num_heads, self.head_dim)
+        key = key.reshape(-1, self.num_kv_heads, self.head_dim)
+        value = value.reshape(-1, self.num_kv_heads, self.head_dim)
+        batch, all_stored = attn_metadata.once("batch", lambda: _batch(attn_metadata))
+        store_kv_cache(key, value, kv_cache, attn_metadata.slot_mapping, all_stored)
         sinks = self._sinks[0] if self._sinks else None
         out = paged_attention(query, kv_cache, batch, self.traits, sinks, self.alibi_slopes)
         return out.view(-1, self.num_heads * self.head_dim)
 
 
-def _batch(m: AttentionMetadata) -> PagedBatch:
-    return PagedBatch(m.block_tables, m.context_lens, m.cu_seqlens_q, m.max_seqlen_q, m.max_context_len)
+def _batch(m: AttentionMetadata) -> tuple[PagedBatch, bool]:
+    """The kernels' view of the step, and whether every token is stored (not asked of a GPU, which would wait)."""
+    batch = PagedBatch(m.block_tables, m.context_lens, m.cu_seqlens_q, m.max_seqlen_q, m.max_context_len)
+    return batch, m.slot_mapping.is_cpu and bool((m.slot_mapping >= 0).all())
 
 
 _rotary_embeddings: dict[str, RotaryEmbedding] = {}
@@ -123,8 +125,8 @@ class PagedAttentionWithRoPE(PagedAttention):
         """`[num_tokens, num_heads * head_dim]`; the rotated key is what the cache holds."""
         rope = self.rotary_emb
         cos, sin = attn_metadata.once((id(rope), query.dtype), lambda: rope(positions, query.dtype))
-        query = rotary_embedding(query.view(-1, self.num_heads, self.head_dim), cos, sin, self.interleaved)
-        key = rotary_embedding(key.view(-1, self.num_kv_heads, self.head_dim), cos, sin, self.interleaved)
+        query = rotary_embedding(query.reshape(-1, self.num_heads, self.head_dim), cos, sin, self.interleaved)
+        key = rotary_embedding(key.reshape(-1, self.num_kv_heads, self.head_dim), cos, sin, self.interleaved)
         return super().forward(query, key, value, kv_cache, attn_metadata)
 
 

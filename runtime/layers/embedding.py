@@ -12,6 +12,8 @@ from porter.runtime.parallel import all_gather, all_reduce, get_tp_rank, get_tp_
 class VocabParallelBase(nn.Module):
     """A `[vocab, dim]` weight whose rows are dealt to the ranks; the last rank's missing rows are zero."""
 
+    weight: torch.Tensor
+
     def __init__(self, num_embeddings: int, embedding_dim: int, linear_method: LinearMethod | None) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings

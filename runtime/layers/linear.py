@@ -63,6 +63,8 @@ UNQUANTIZED = LinearMethod()
 class LinearBase(nn.Module):
     """What all linears share: the method, its weight, an optional bias, and the parts they load from."""
 
+    weight: torch.Tensor
+
     def __init__(
         self,
         in_per_partition: int,

@@ -1,0 +1,232 @@
+"""The CPU path of paged_attention: decoding sequences in batches, each prefill alone, GQA without copies of K and V."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Group:
+    """Sequences with one query length, attended to together."""
+
+    rows: torch.Tensor | slice  # of the step's tokens, sequence after sequence
+    query_len: int
+    slots: torch.Tensor  # int64 [num_seqs, num_keys]; cache slots of the visible keys, the first one as padding
+    adjacent: bool  # one sequence whose slots follow each other: no copy is needed
+    starts: torch.Tensor  # int64 [num_seqs]; the position of each sequence's first key
+    mask: torch.Tensor | None  # float32 [num_seqs, 1, query_len, num_keys]: 0 or -inf; None: see `causal`
+    causal: bool  # every key is also a query, so a plain causal triangle does
+    _masks: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
+    _space: torch.Tensor | None = None
+    _index: torch.Tensor | None = None
+
+    def mask_in(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask in the scores' dtype."""
+        if self.mask is None or self.mask.dtype == dtype:
+            return self.mask
+        if dtype not in self._masks:
+            self._masks[dtype] = self.mask.to(dtype)
+        return self._masks[dtype]
+
+    def gather(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[num_seqs, num_keys, kv_heads, head_dim]`."""
+        num_seqs, num_keys = self.slots.shape
+        if self.adjacent:
+            first = int(self.slots[0, 0])
+            found = kv_cache.flatten(1, 2)[:, None, first : first + num_keys]
+        else:
+            found = self._copy(kv_cache).view(2, num_seqs, num_keys, *kv_cache.shape[3:])
+        return found[0], found[1]
+
+    def _copy(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        side = kv_cache.shape[1] * kv_cache.shape[2]
+        source = kv_cache.view(2 * side, -1)
+        if self._index is None:
+            self._index = torch.cat((self.slots.flatten(), self.slots.flatten() + side))
+        if self._space is None or self._space.dtype != source.dtype or self._space.shape[1] != source.shape[1]:
+            # kept for the step's other layers, whose copies then stay in the processor's cache
+            self._space = torch.empty(self._index.shape[0], source.shape[1], dtype=source.dtype)
+        return torch.index_select(source, 0, self._index, out=self._space)
+
+
+@dataclass
+class CpuPlan:
+    """How one step is attended to by all layers with the same window."""
+
+    groups: list[Group]
+    num_tokens: int
+
+    @cached_property
+    def key_positions(self) -> list[torch.Tensor]:
+        """Per group, int64 `[num_seqs, num_keys]`."""
+        return [group.starts[:, None] + torch.arange(group.slots.shape[1]) for group in self.groups]
+
+    @classmethod
+    def make(
+        cls,
+        block_tables: torch.Tensor,
+        context_lens: Sequence[int],
+        cu_seqlens_q: Sequence[int],
+        block_size: int,
+        window: int | None,
+    ) -> "CpuPlan":
+        """Decoding sequences of similar length share a group, prefills have their own."""
+        builder = _Builder(block_tables.long(), context_lens, cu_seqlens_q, block_size, window)
+        query_lens = [end - start for start, end in pairwise(cu_seqlens_q)]
+        groups = [builder.group([i]) for i, length in enumerate(query_lens) if length > 1]
+        decoding = [i for i, length in enumerate(query_lens) if length == 1]
+        groups += [builder.group(members) for members in _similar(decoding, builder.num_keys)]
+        return cls(groups, cu_seqlens_q[-1])
+
+
+def _similar(sequences: list[int], num_keys: Sequence[int]) -> list[list[int]]:
+    """Groups in which at least half of the padded keys are real; all in one if that holds."""
+    if sequences and 2 * sum(num_keys[i] for i in sequences) >= len(sequences) * max(num_keys[i] for i in sequences):
+        return [sequences]
+    groups: list[list[int]] = []
+    for i in sorted(sequences, key=lambda i: -num_keys[i]):
+        if groups and num_keys[i] * 2 >= num_keys[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+class _Builder:
+    def __init__(
+        self,
+        block_tables: torch.Tensor,
+        context_lens: Sequence[int],
+        cu_seqlens_q: Sequence[int],
+        block_size: int,
+        window: int | None,
+    ) -> None:
+        self.block_tables = block_tables
+        self.context_lens = context_lens
+        self.bounds = cu_seqlens_q
+        self.block_size = block_size
+        self.window = window
+        query_lens = [end - start for start, end in pairwise(cu_seqlens_q)]
+        self.num_keys = [
+            min(context, window + length - 1) if window else context
+            for context, length in zip(context_lens, query_lens, strict=True)
+        ]
+
+    def group(self, members: list[int]) -> Group:
+        longest = max(self.num_keys[i] for i in members)
+        query_len = self.bounds[members[0] + 1] - self.bounds[members[0]]
+        contexts = torch.tensor([self.context_lens[i] for i in members])
+        starts = contexts - torch.tensor([self.num_keys[i] for i in members])
+        slots = self._slots(members, starts, contexts, longest)
+        adjacent = len(members) == 1 and bool((slots[0] == slots[0, 0] + torch.arange(longest)).all())
+        causal = query_len > 1 and query_len == longest and not (self.window and self.window < longest)
+        mask = None if causal else self._mask(contexts, starts, query_len, longest)
+        return Group(self._rows(members, query_len), query_len, slots, adjacent, starts, mask, causal)
+
+    def _slots(self, members: list[int], starts: torch.Tensor, contexts: torch.Tensor, num_keys: int) -> torch.Tensor:
+        positions = starts[:, None] + torch.arange(num_keys)
+        # masked keys are read too, so they must be ones that were written: unwritten memory may hold NaN
+        positions = torch.where(positions < contexts[:, None], positions, starts[:, None])
+        blocks = self.block_tables[members].gather(1, positions // self.block_size)
+        return blocks * self.block_size + positions % self.block_size
+
+    def _rows(self, members: list[int], query_len: int) -> torch.Tensor | slice:
+        starts = [self.bounds[i] for i in members]
+        end = starts[0] + query_len * len(starts)
+        return slice(starts[0], end) if starts == list(range(starts[0], end, query_len)) else torch.tensor(starts)
+
+    def _mask(self, contexts: torch.Tensor, starts: torch.Tensor, query_len: int, num_keys: int) -> torch.Tensor | None:
+        key_pos = (starts[:, None] + torch.arange(num_keys))[:, None, None]
+        query_pos = (contexts[:, None] - query_len + torch.arange(query_len))[:, None, :, None]
+        hidden = key_pos > query_pos
+        if self.window:
+            hidden |= key_pos <= query_pos - self.window
+        return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")) if bool(hidden.any()) else None
+
+
+def cpu_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    plan: CpuPlan,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    biases: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """query `[T, heads, head_dim]` -> the same; biases: per group `[num_seqs, heads, num_keys]` to add to scores."""
+    if not plan.groups:
+        return torch.empty_like(query)
+    plain = softcap is None and sinks is None and biases is None
+    out = None
+    for i, group in enumerate(plan.groups):
+        q = query[group.rows].view(group.slots.shape[0], group.query_len, *query.shape[1:])
+        if plain:
+            y = _attend_fused(q, kv_cache, group, scaling)
+        else:
+            y = _attend_spelled(q, kv_cache, group, scaling, softcap, sinks, None if biases is None else biases[i])
+        if y.shape[0] == plan.num_tokens and isinstance(group.rows, slice):
+            return y
+        out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
+        out[group.rows] = y
+    assert out is not None
+    return out
+
+
+def _attend_fused(q: torch.Tensor, kv_cache: torch.Tensor, group: Group, scaling: float) -> torch.Tensor:
+    """q `[num_seqs, query_len, heads, head_dim]` -> `[num_seqs * query_len, heads, head_dim]`."""
+    num_seqs, query_len, heads, head_dim = q.shape
+    k, v = group.gather(kv_cache)
+    kv_heads = k.shape[2]
+    mask = group.mask_in(q.dtype)
+    if query_len == 1:
+        # the heads that share a KV head stand in for query positions
+        q = q.view(num_seqs, kv_heads, heads // kv_heads, head_dim)
+        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scaling)
+        return y.reshape(num_seqs, heads, head_dim)
+    # KV heads stand in for the batch, so that K and V are broadcast, not copied, over the heads that share them
+    q = q.view(query_len, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    k, v = (x[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=group.causal, scale=scaling)
+    return y.permute(2, 0, 1, 3).reshape(query_len, heads, head_dim)
+
+
+def _attend_spelled(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    group: Group,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """As _attend_fused, in float32, with what the fused operation can't do."""
+    num_seqs, query_len, heads, head_dim = q.shape
+    k, v = (x.permute(0, 2, 1, 3).float() for x in group.gather(kv_cache))
+    kv_heads, num_keys = k.shape[1:3]
+    q32 = q.float().view(num_seqs, query_len, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = (q32 * scaling @ k.transpose(2, 3)).view(num_seqs, heads, query_len, num_keys)
+    if bias is not None:
+        scores += bias[:, :, None]
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    scores = _hide(scores, group)
+    if sinks is not None:
+        extra = sinks.float()[None, :, None, None].expand(num_seqs, -1, query_len, 1)
+        weights = torch.cat((scores, extra), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    y = weights.reshape(num_seqs, kv_heads, -1, num_keys) @ v
+    y = y.view(num_seqs, kv_heads, -1, query_len, head_dim).permute(0, 3, 1, 2, 4)
+    return y.reshape(num_seqs * query_len, heads, head_dim).to(q.dtype)
+
+
+def _hide(scores: torch.Tensor, group: Group) -> torch.Tensor:
+    if group.causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill_(hidden, float("-inf"))
+    mask = group.mask_in(torch.float32)
+    return scores if mask is None else scores.add_(mask)
