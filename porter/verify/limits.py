@@ -6,7 +6,11 @@ from porter.verify.result import Case
 
 def untested(request: Request, cases: tuple[Case, ...]) -> tuple[str, ...]:
     """One line for each thing that was not tested."""
-    return tuple(dict.fromkeys([*_always(request), *_weights(request), *_skipped(cases), *_not_compared(cases)]))
+    return tuple(
+        dict.fromkeys(
+            [*_always(request), *_weights(request), *_skipped(cases), *_windows(cases), *_not_compared(cases)]
+        )
+    )
 
 
 def _always(request: Request) -> list[str]:
@@ -28,6 +32,12 @@ def _weights(request: Request) -> list[str]:
 def _skipped(cases: tuple[Case, ...]) -> list[str]:
     checks = [(case, check) for case in cases if not case.failure for check in case.checks]
     return [f"{case.name}, {check.name}: {check.detail}" for case, check in checks if check.status == "skip"]
+
+
+def _windows(cases: tuple[Case, ...]) -> list[str]:
+    data = [check.data for case in cases for check in case.checks]
+    windows = {int(each["window_not_reached"]) for each in data if "window_not_reached" in each}
+    return [f"the sliding window of {window} tokens: no prompt was longer" for window in sorted(windows)]
 
 
 def _not_compared(cases: tuple[Case, ...]) -> list[str]:

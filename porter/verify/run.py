@@ -3,12 +3,14 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from porter import __version__
@@ -47,13 +49,24 @@ def verify(request: Request, told: Told = lambda step: None) -> Verification:
     """
     started = time.monotonic()
     quiet_transformers()
-    with select_port(request) as selected:
+    with few_threads(request.random), select_port(request) as selected:
         plan = _Plan(request, selected.port, load_port(selected.port.path), told)
         cases = tuple(_random_cases(plan) if request.random else [_real_case(plan)])
         result = _result(plan, selected, cases, time.monotonic() - started)
         if result.passed and selected.recorded and not selected.converted:
             record_verification(selected.port, result.record())
     return result
+
+
+@contextmanager
+def few_threads(tiny: bool) -> Iterator[None]:
+    """One thread while models are tiny: more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if tiny else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _real_case(plan: _Plan) -> Case:

@@ -47,8 +47,13 @@ def check(subject: Subject) -> Check:
     share = 1 - tally.wrong / max(tally.tokens, 1)
     passed = not tally.wrong and not unmet
     detail = tally.first or (f"the pressure was not met: {', '.join(unmet)}" if unmet else ", ".join(tally.met))
-    data = {"worst": 1 - share, "tokens": tally.tokens, "scenarios": list(tally.met)}
+    data = {"worst": 1 - share, "tokens": tally.tokens, "scenarios": list(tally.met), **_window(subject)}
     return Check(NAME, "PASS" if passed else "FAIL", f"{share:.0%} of {tally.tokens}", "100%", detail, data)
+
+
+def _window(subject: Subject) -> dict[str, int]:
+    window = getattr(subject.config.get_text_config(), "sliding_window", None)
+    return {"window_not_reached": window} if window and window >= max(map(len, subject.prompts)) else {}
 
 
 def scenarios(subject: Subject) -> list[Scenario]:

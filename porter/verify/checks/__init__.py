@@ -1,0 +1,1 @@
+"""The checks of `porter verify`: each takes a Subject and returns a Check."""
