@@ -18,7 +18,13 @@ from porter.manifest import text_sha256
 
 SOURCE = "class A:\n    dropout = 1\n    x = 2\n"
 CODE = "class A:\n    x = 2\n"
-EDIT = {"pass": "drop-dropout", "line": 2, "before": "dropout = 1", "after": "", "reason": "dropout is off in inference"}
+EDIT = {
+    "pass": "drop-dropout",
+    "line": 2,
+    "before": "dropout = 1",
+    "after": "",
+    "reason": "dropout is off in inference",
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,10 @@ def test_a_refusal_names_file_and_line_and_writes_nothing(
 
     vars(converter)["convert"] = refuse
     result = convert("-o", "out")
-    assert (result.exit_code, result.stderr) == (2, "error: acorn.py:7: x.fold(1): no layout is known for it; report it\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: acorn.py:7: x.fold(1): no layout is known for it; report it\n",
+    )
     assert list(tmp_path.iterdir()) == []
 
 

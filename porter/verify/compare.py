@@ -78,9 +78,11 @@ def expected_output(model: nn.Module, call: Call, index: int, names: NameMap, th
         parts = [theirs[name][index].outputs[0] for name in sources]
         joined: torch.Tensor = torch.cat(parts, dim=1)
         return joined if joined.shape[1] == width else None
-    candidates = [output for output in theirs[sources[0]][index].outputs if output.shape[1] == width]
     layout = _fused_layout(rules_of(model), call.module, sources[0])
-    return _arranged(model.get_submodule(call.module), layout, candidates[0]) if candidates else None
+    module = model.get_submodule(call.module)
+    fitting = [output for output in theirs[sources[0]][index].outputs if output.shape[1] == width]
+    arranged = [_arranged(module, layout, output) for output in fitting]
+    return min(arranged, key=lambda output: relative_error(call.outputs[0], output), default=None)
 
 
 def rules_of(model: nn.Module) -> WeightRules:
