@@ -132,7 +132,7 @@ class Interp:
             if name == "input_ids":
                 bound[name] = Tensor(op="input_ids", shape=self.tokens())
             elif name in ("position_ids", "positions"):
-                bound[name] = Tensor(op="positions", shape=self.tokens())
+                bound[name] = Tensor(op="positions", shape=self.tokens(), attrs={"sizes_only": True})
             elif name == "kv_caches":
                 bound[name] = Repeated(op="kv_caches", item=Value(op="kv_cache"))
             elif name == "attn_metadata":
@@ -462,7 +462,11 @@ class Interp:
 
     def _ev_IfExp(self, node: cst.IfExp) -> Value:
         value = self.quiet(node.test)
-        if scalars.known_truth(value) is None and self._plain(node.body) and self._plain(node.orelse):
+        decided = scalars.settled(value, self.taken)
+        if scalars.known_truth(value) is None and decided is not None:
+            self.world.branches[node.test] |= {True, False}
+            return self.eval(node.body if decided else node.orelse)
+        if decided is None and self._plain(node.body) and self._plain(node.orelse):
             self.world.branches[node.test] |= {True, False}
             return scalars.choose(value, self.eval(node.body), self.eval(node.orelse))
         return self.eval(node.body if self.test(node.test) else node.orelse)
@@ -715,7 +719,12 @@ class Interp:
         forward = self.program.method(target.cls, "forward")
         if forward is None:
             return library.call_subclass(self, target, args, kwargs, node)
-        return self._call_function(Function(info=forward, bound=target), args, kwargs, node)
+        result = self._call_function(Function(info=forward, bound=target), args, kwargs, node)
+        shell = target.attrs.get("<layer>")
+        if isinstance(shell, Layer) and shell.kind == "linear" and args:
+            shell.path = target.path
+            return ops.as_linear(result, args[0], shell)
+        return result
 
     def _call_function(self, function: Function, args: list[Value], kwargs: dict[str, Value],
                        node: cst.CSTNode | None) -> Value:

@@ -353,7 +353,8 @@ def _mask(short: str, args: list[Value], kwargs: dict[str, Value]) -> Mask:
         kind = "sliding"
     extra = [k for k in ("or_mask_function", "and_mask_function", "block_sequence_ids")
              if k in kwargs and not is_none(kwargs[k])]
-    return Mask(op="mask", kind=kind if not extra else f"causal with {extra[0]}", window=window, shape=(B, ONE, S, S))
+    return Mask(op="mask", kind=kind if not extra else f"causal with {extra[0]}", window=window, shape=(B, ONE, S, S),
+                attrs={"sizes_only": True})
 
 
 def _call_super(run: Interp, function: External, short: str, args: list[Value], kwargs: dict[str, Value],

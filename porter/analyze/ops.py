@@ -123,6 +123,8 @@ def torch_call(run: Interp, full: str, short: str, args: list[Value], kwargs: di
         return args[0] if short == "Size" and args else const(None)
     if short in ("is_grad_enabled", "is_tracing", "is_compiling", "is_dynamo_compiling", "is_available", "is_autocast_enabled"):
         return const(False)
+    if short in ("get_default_dtype", "result_type", "promote_types", "get_autocast_gpu_dtype", "get_autocast_dtype"):
+        return Scalar(op="dtype", text="<dtype>", attrs={"dtype": "same"})
     if short == "apply" and "Function" in full:
         return apply(run, "unknown", args, kwargs, node)
     if "numpy" in full or full.startswith("np."):
@@ -341,7 +343,7 @@ _PAIRWISE = ("add sub mul div floor_divide remainder pow maximum minimum eq ne l
 
 @rule(*_PAIRWISE)
 def _pairwise(call: Call) -> Any:
-    if any(isinstance(a, Mask) for a in call.args[:2]):
+    if any(isinstance(a, Mask) for a in call.args[:2]) and call.name not in ("lt", "le", "gt", "ge", "eq", "ne"):
         masks = [a for a in call.args[:2] if isinstance(a, Mask)]
         other = next((a for a in call.args[:2] if not isinstance(a, Mask)), None)
         if isinstance(other, Tensor):
@@ -859,6 +861,16 @@ def layer_weight(base: Layer, name: str) -> Tensor:
         sizes.reverse()
     known = tuple(s.size for s in sizes if isinstance(s, Scalar) and s.size is not None)
     return Tensor(op="layer_weight", args=(base,), shape=known[:1] if name == "bias" else known, attrs={"name": name})
+
+
+def as_linear(result: Value, source: Value, shell: Layer) -> Value:
+    """A subclass of nn.Linear that computes `x @ weight.T (+ bias)` itself is that linear."""
+    inner = result.args[0] if result.op == "add" and result.args[1].op == "layer_weight" else result
+    if inner.op == "matmul" and inner.args[0] is source and inner.args[1].op == "permute" and isinstance(result, Tensor):
+        weight = inner.args[1].args[0]
+        if weight.op == "layer_weight" and weight.args[0] is shell:
+            return build("linear", (source, shell), result.shape, result.node, layer=shell, sizes_only=False)
+    return result
 
 
 def layer(run: Interp, target: Layer, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:

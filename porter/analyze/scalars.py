@@ -105,6 +105,23 @@ def implied(key: str, taken: dict[str, bool]) -> bool | None:
     return None
 
 
+def settled(value: Value, taken: dict[str, bool]) -> bool | None:
+    """The truth of an open condition if conditions taken before decide it."""
+    known = known_truth(value)
+    if known is not None or not isinstance(value, Scalar):
+        return known
+    if value.op == "not":
+        inner = settled(value.args[0], taken)
+        return None if inner is None else not inner
+    if value.op in ("and", "or"):
+        sides = [settled(a, taken) for a in value.args]
+        stop = value.op == "or"
+        return stop if stop in sides else None if None in sides else not stop
+    key, wanted = condition(value)
+    found = implied(key, taken)
+    return None if found is None else found is wanted
+
+
 def choose(test: Value, yes: Value, no: Value) -> Value:
     """The open scalar `yes if test else no`."""
     if isinstance(yes, Scalar) and isinstance(no, Scalar) and yes.known and no.known and yes.const is no.const:
@@ -130,12 +147,12 @@ def unary(name: str, value: Value) -> Value | None:
         return None
     if name == "Not":
         known = known_truth(value)
-        return const(not known) if known is not None else Scalar(op="not", args=(value,), text=f"not {text(value)}")
+        return const(not known) if known is not None else Scalar(op="not", args=(value,), text=f"not {_inner(value)}")
     if isinstance(value, Scalar) and value.known:
         return const(-value.const if name == "Minus" else ~value.const if name == "BitInvert" else value.const)
     if isinstance(value, Scalar):
         size = -value.size if value.size is not None and name == "Minus" else None
-        return Scalar(op="neg", args=(value,), text=f"-{text(value)}", size=size)
+        return Scalar(op="neg", args=(value,), text=f"-{_wrap(value)}", size=size)
     return Value(op="unknown", args=(value,))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,16 +34,17 @@ class Value:
     attrs: dict[str, Any] = field(default_factory=dict)
     node: cst.CSTNode | None = None
 
-    def walk(self) -> Iterator[Value]:
-        """This value and everything it came from, each once, nearest first."""
+    def walk(self, until: frozenset[str] = frozenset()) -> Iterator[Value]:
+        """This value and everything it came from, each once, nearest first; not beyond operations in `until`."""
         seen: set[int] = set()
-        todo: list[Value] = [self]
+        todo: deque[Value] = deque([self])
         while todo:
-            value = todo.pop(0)
+            value = todo.popleft()
             if id(value) not in seen:
                 seen.add(id(value))
                 yield value
-                todo.extend(value.args)
+                if value.op not in until:
+                    todo.extend(value.args)
 
 
 @dataclass(eq=False)
