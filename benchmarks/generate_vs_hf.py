@@ -65,8 +65,8 @@ def measure(args: argparse.Namespace, llm: LLM, hf: Any, batch: int) -> dict[str
 
     def theirs() -> None:
         ids = prompts.to(hf.device)
-        options = {"min_new_tokens": args.output_tokens, "max_new_tokens": args.output_tokens, "do_sample": False}
-        found = hf.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        mask = torch.ones_like(ids)
+        found = hf.generate(ids, attention_mask=mask, max_new_tokens=args.output_tokens, do_sample=False)
         tokens["hf"] = found[:, args.prompt_tokens :].tolist()
 
     times: dict[str, list[float]] = {"porter": [], "hf": []}
@@ -102,6 +102,7 @@ def main() -> None:
     options = {"port": args.port, "dtype": args.dtype, "device": args.device}
     llm = LLM(args.model, skip_tokenizer_init=True, max_model_len=2048, **options)
     hf = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    hf.generation_config.eos_token_id = None
     rows = []
     print(f"{'batch':>5} {'porter tok/s':>13} {'HF tok/s':>10} {'ratio':>7}  same outputs")
     for batch in args.batch:
