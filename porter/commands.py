@@ -1,5 +1,6 @@
 """What each command calls and prints. Heavy modules are imported only where they are used."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from porter.errors import CheckFailed, UsageError, explained_config
 from porter.manifest import Port, dumps, read_port, write_port
 
 if TYPE_CHECKING:
+    from porter.passes.base import Pass
     from porter.runtime.engine import LLM
     from porter.runtime.sampling import SamplingParams
     from porter.verify.request import Request
@@ -195,14 +197,15 @@ def explain(name: str | None) -> None:
     """`porter explain`."""
     from porter.passes.base import discover
 
-    passes = {each.name: each for each in discover()}
-    if name is None:
-        rows = [(each.stage.name, each.name, _summary(each)) for each in passes.values()]
+    passes = {_pass_name(each): each for each in discover()}
+    wanted = name.replace("_", "-") if name else None
+    if wanted is None:
+        rows = [(each.stage.name, known, _purpose(each).splitlines()[0]) for known, each in passes.items()]
         console.table("", ("stage", "pass", "what it does"), rows)
-        return
-    if name not in passes:
+    elif wanted not in passes:
         raise UsageError(f"there is no pass {name}", "see `porter explain`")
-    _print_pass(passes[name])
+    else:
+        _print_pass(wanted, passes[wanted])
 
 
 def ledger(model: str, port: Path | None, json: bool) -> int:
@@ -238,13 +241,20 @@ def _lines() -> Iterator[str]:
         yield line
 
 
-def _summary(each: Any) -> str:
-    return str(each.__doc__ or "").strip().splitlines()[0] if each.__doc__ else ""
+def _pass_name(each: "Pass") -> str:
+    return each.name.replace("_", "-")
 
 
-def _print_pass(each: Any) -> None:
+def _purpose(each: "Pass") -> str:
+    doc = type(each).__doc__ or sys.modules[type(each).__module__].__doc__ or each.reason
+    return inspect.cleandoc(doc)
+
+
+def _print_pass(name: str, each: "Pass") -> None:
     from porter.diffing import text_diff
 
-    console.result(f"{each.name} ({each.stage.name})\n\n{str(each.__doc__ or '').strip()}\n")
+    console.result(f"{name} ({each.stage.name})\n\n{_purpose(each)}\n")
     for example in each.EXAMPLES:
         console.diff([*text_diff(example.before, example.after, "before", "after"), ""])
+    for same in each.UNCHANGED:
+        console.result(f"left alone ({same.reason}):\n{same.source}")

@@ -173,3 +173,17 @@ def test_chat_keeps_the_conversation_until_an_empty_line() -> None:
 def test_a_bad_sampling_value_is_one_line(run: Run, option: str) -> None:
     result = run("complete", "model", "hello", option)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_explain_lists_the_passes_and_shows_each(run: Run) -> None:
+    from porter.passes.base import discover
+
+    listed = run("explain")
+    assert max(map(len, listed.stdout.splitlines())) <= 80
+    for each in discover():
+        shown = run("explain", each.name)
+        assert (shown.exit_code, shown.stdout.splitlines()[0]) == (
+            0,
+            f"{each.name.replace('_', '-')} ({each.stage.name})",
+        )
+    assert run("explain", "no-such-pass").exit_code == 2
