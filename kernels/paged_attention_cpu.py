@@ -33,24 +33,34 @@ class Group:
         return self._masks[dtype]
 
     def gather(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[num_seqs, num_keys, kv_heads, head_dim]`."""
-        num_seqs, num_keys = self.slots.shape
+        """Keys and values `[num_seqs, kv_heads, num_keys, head_dim]`."""
         if self.adjacent:
             first = int(self.slots[0, 0])
-            found = kv_cache.flatten(1, 2)[:, None, first : first + num_keys]
+            found = kv_cache.flatten(1, 2)[:, None, first : first + self.slots.shape[1]].transpose(2, 3)
         else:
-            found = self._copy(kv_cache).view(2, num_seqs, num_keys, *kv_cache.shape[3:])
+            found = self._copy(kv_cache)
         return found[0], found[1]
 
     def _copy(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        side = kv_cache.shape[1] * kv_cache.shape[2]
-        source = kv_cache.view(2 * side, -1)
-        if self._index is None:
-            self._index = torch.cat((self.slots.flatten(), self.slots.flatten() + side))
-        if self._space is None or self._space.dtype != source.dtype or self._space.shape[1] != source.shape[1]:
+        kv_heads, head_dim = kv_cache.shape[3:]
+        if (
+            self._space is None
+            or self._space.dtype != kv_cache.dtype
+            or self._space.shape[2::2] != (kv_heads, head_dim)
+        ):
+            num_seqs, num_keys = self.slots.shape
+            self._index = self._rows_of(kv_cache)
             # kept for the step's other layers, whose copies then stay in the processor's cache
-            self._space = torch.empty(self._index.shape[0], source.shape[1], dtype=source.dtype)
-        return torch.index_select(source, 0, self._index, out=self._space)
+            self._space = torch.empty(2, num_seqs, kv_heads, num_keys, head_dim, dtype=kv_cache.dtype)
+        assert self._index is not None
+        torch.index_select(kv_cache.view(-1, head_dim), 0, self._index, out=self._space.view(-1, head_dim))
+        return self._space
+
+    def _rows_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The rows of the cache, seen as `[2 * slots * kv_heads, head_dim]`, in the order of _space."""
+        side, kv_heads = kv_cache.shape[1] * kv_cache.shape[2], kv_cache.shape[3]
+        sides = torch.tensor([0, side])[:, None, None, None]
+        return ((sides + self.slots[:, None]) * kv_heads + torch.arange(kv_heads)[:, None]).flatten()
 
 
 @dataclass
@@ -180,16 +190,16 @@ def _attend_fused(q: torch.Tensor, kv_cache: torch.Tensor, group: Group, scaling
     """q `[num_seqs, query_len, heads, head_dim]` -> `[num_seqs * query_len, heads, head_dim]`."""
     num_seqs, query_len, heads, head_dim = q.shape
     k, v = group.gather(kv_cache)
-    kv_heads = k.shape[2]
+    kv_heads = k.shape[1]
     mask = group.mask_in(q.dtype)
     if query_len == 1:
         # the heads that share a KV head stand in for query positions
         q = q.view(num_seqs, kv_heads, heads // kv_heads, head_dim)
-        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scaling)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         return y.reshape(num_seqs, heads, head_dim)
     # KV heads stand in for the batch, so that K and V are broadcast, not copied, over the heads that share them
     q = q.view(query_len, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    k, v = (x[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    k, v = (x[0][:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=group.causal, scale=scaling)
     return y.permute(2, 0, 1, 3).reshape(query_len, heads, head_dim)
 
@@ -205,7 +215,7 @@ def _attend_spelled(
 ) -> torch.Tensor:
     """As _attend_fused, in float32, with what the fused operation can't do."""
     num_seqs, query_len, heads, head_dim = q.shape
-    k, v = (x.permute(0, 2, 1, 3).float() for x in group.gather(kv_cache))
+    k, v = (x.float() for x in group.gather(kv_cache))
     kv_heads, num_keys = k.shape[1:3]
     q32 = q.float().view(num_seqs, query_len, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = (q32 * scaling @ k.transpose(2, 3)).view(num_seqs, heads, query_len, num_keys)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention
-from porter.kernels.rotary_embedding import rotary_embedding
+from porter.kernels.rotary_embedding import Tables, rotary_embedding, rotary_tables
 from porter.kernels.store_kv_cache import store_kv_cache
 from porter.runtime.errors import ConfigError
 from porter.runtime.layers.rope import RopeParameters, RotaryEmbedding
@@ -123,11 +123,18 @@ class PagedAttentionWithRoPE(PagedAttention):
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """`[num_tokens, num_heads * head_dim]`; the rotated key is what the cache holds."""
-        rope = self.rotary_emb
-        cos, sin = attn_metadata.once((id(rope), query.dtype), lambda: rope(positions, query.dtype))
-        query = rotary_embedding(query.reshape(-1, self.num_heads, self.head_dim), cos, sin, self.interleaved)
-        key = rotary_embedding(key.reshape(-1, self.num_kv_heads, self.head_dim), cos, sin, self.interleaved)
+        tables = attn_metadata.once(
+            (id(self.rotary_emb), query.dtype, self.interleaved),
+            lambda: self._tables(positions, query.dtype),
+        )
+        query = query.reshape(-1, self.num_heads, self.head_dim)
+        key = key.reshape(-1, self.num_kv_heads, self.head_dim)
+        query, key = rotary_embedding(query, key, tables, self.interleaved)
         return super().forward(query, key, value, kv_cache, attn_metadata)
+
+    def _tables(self, positions: torch.Tensor, dtype: torch.dtype) -> Tables:
+        cos, sin = self.rotary_emb(positions, dtype)
+        return rotary_tables(cos, sin, self.interleaved)
 
 
 class PagedAttentionWithALiBi(PagedAttention):

@@ -45,7 +45,12 @@ class LinearMethod:
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x `[..., in]` times the layer's weight, plus bias: `[..., out]`."""
-        return F.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        if weight.is_mkldnn:
+            # packed by runtime/layers/packing.py
+            packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            return packed
+        return F.linear(x, weight, bias)
 
     def embedding(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` of the layer's weight: `[..., in]`."""
