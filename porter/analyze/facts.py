@@ -52,6 +52,7 @@ class Facts:
     entry: ClassInfo
     worlds: list[World]
     complete: bool = True
+    notes: dict[str, Any] = field(default_factory=dict)  # what passes tell later ones: fused layouts, transposes
 
     def values(self, node: cst.CSTNode) -> list[Value]:
         return [v for world in self.worlds for v in world.values.get(node, ())]

@@ -1,0 +1,167 @@
+"""Drop parameters that nothing reads, at the definition and at every call."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze.facts import CallRecord, Facts
+from porter.analyze.values import Scalar, Value
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+# The engine passes these to the entry and builds it with these, whether or not it reads them.
+ENTRY_ARGUMENTS = ("self", "input_ids", "positions", "position_ids", "kv_caches", "attn_metadata", "config",
+                   "linear_method", "hidden_states", "logits", "sampling_metadata", "weights")
+
+
+class DropArguments(Pass):
+    """A parameter that no reached code reads, or that always has one known value, only makes the reader wonder."""
+
+    stage = Stage.STRIP
+    reason = "nothing reads the argument at inference"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        dropped: dict[cst.FunctionDef, set[str]] = {}
+        for function in facts.called:
+            edits.update(_constants(facts, function))
+        if edits:
+            return edit.rewrite(facts.program.tree, edits)
+        for function in facts.called:
+            names = _unused(facts, function)
+            if names:
+                dropped[function] = names
+                edits[function] = _definition(names)
+        edits.update(_calls(facts, dropped))
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _all_params(function: cst.FunctionDef) -> list[cst.Param]:
+    return edit.params_of(function)
+
+
+def _unused(facts: Facts, function: cst.FunctionDef) -> set[str]:
+    """Parameters, `*args` and `**kwargs` included, that the body never reads."""
+    read = edit.names_read(function.body)
+    params = _all_params(function)
+    keep: set[str] = {"self", "cls", "ctx"}
+    is_entry = any(r.site is None for r in facts.calls_of(function))
+    if is_entry:
+        keep |= set(ENTRY_ARGUMENTS)
+    found = {p.name.value for p in params} - read - keep
+    for star in (function.params.star_arg, function.params.star_kwarg):
+        if isinstance(star, cst.Param) and star.name.value not in read:
+            found.add(f"*{star.name.value}")
+    return found
+
+
+def _definition(names: set[str]) -> edit.Edit:
+    def change(updated: cst.FunctionDef) -> cst.FunctionDef:
+        p = updated.params
+        kept = [x for x in p.params if x.name.value not in names]
+        if kept and len(kept) != len(p.params):
+            kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+        star = p.star_arg
+        kwonly = [x for x in p.kwonly_params if x.name.value not in names]
+        if isinstance(star, cst.Param) and f"*{star.name.value}" in names:
+            star = cst.ParamStar() if kwonly else cst.MaybeSentinel.DEFAULT
+        if isinstance(star, cst.ParamStar) and not kwonly:
+            star = cst.MaybeSentinel.DEFAULT
+        kwargs = p.star_kwarg
+        if kwargs is not None and f"*{kwargs.name.value}" in names:
+            kwargs = None
+        if kwonly and kwargs is None:
+            kwonly[-1] = kwonly[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+        return updated.with_changes(params=p.with_changes(params=kept, star_arg=star, kwonly_params=kwonly,
+                                                          star_kwarg=kwargs))
+    return change
+
+
+def _calls(facts: Facts, dropped: dict[cst.FunctionDef, set[str]]) -> dict[cst.CSTNode, edit.Edit]:
+    """At each call: drop the arguments whose parameter goes, and `**kwargs` that reaches nothing."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    by_site: dict[cst.CSTNode, list[CallRecord]] = {}
+    for world in facts.worlds:
+        for record in world.calls:
+            if isinstance(record.site, cst.Call):
+                by_site.setdefault(record.site, []).append(record)
+    for site, records in by_site.items():
+        assert isinstance(site, cst.Call)
+        gone = [_gone(site, r, dropped.get(r.function.node, set())) for r in records]
+        drop = set.intersection(*gone)
+        if drop:
+            edits[site] = _without(sorted(drop))
+    return edits
+
+
+def _without(drop: list[int]) -> edit.Edit:
+    return lambda updated: edit.without_arguments(updated, drop)
+
+
+def _gone(site: cst.Call, record: CallRecord, names: set[str]) -> set[int]:
+    """Positions of the arguments at a call that bind a dropped parameter."""
+    function = record.function.node
+    params = [p.name.value for p in (*function.params.posonly_params, *function.params.params)]
+    if params and params[0] in ("self", "cls", "ctx") and record.receiver is not None:
+        params = params[1:]
+    elif params and params[0] == "ctx":
+        params = params[1:]
+    drop: set[int] = set()
+    position = 0
+    takes_kwargs = function.params.star_kwarg is not None and f"*{function.params.star_kwarg.name.value}" not in names
+    known = {p.name.value for p in _all_params(function)}
+    for i, arg in enumerate(site.args):
+        if arg.star == "**":
+            if not takes_kwargs:
+                drop.add(i)
+        elif arg.star == "*":
+            position = len(params)
+        elif arg.keyword is not None:
+            name = arg.keyword.value
+            if name in names or (name not in known and not takes_kwargs):
+                drop.add(i)
+        else:
+            if position < len(params) and params[position] in names:
+                drop.add(i)
+            elif position >= len(params) and not isinstance(function.params.star_arg, cst.Param):
+                drop.add(i)
+            position += 1
+    return drop
+
+
+# -- parameters with one known value -------------------------------------------------------------------------------------
+
+
+def _constants(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
+    """Write the value of a parameter that is the same plain constant in every call where it is read."""
+    records = facts.calls_of(function)
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    if function.name.value == "__init__" and all(r.site is None for r in records):
+        return {}
+    for param in _all_params(function):
+        name = param.name.value
+        values = [r.bound[name] for r in records if name in r.bound]
+        text = _same_constant(values)
+        if text is None or _is_bound(function, name):
+            continue
+        if function.name.value == "__init__" and text not in ("None", "True", "False"):
+            continue
+        for node in edit.walk(function.body):
+            if isinstance(node, cst.Name) and node.value == name and name in edit.names_read(function.body):
+                if all(isinstance(v, Scalar) and v.known for v in facts.values(node)) and facts.values(node):
+                    edits[node] = edit.replace(text)
+    return edits
+
+
+def _is_bound(function: cst.FunctionDef, name: str) -> bool:
+    return any(isinstance(t, cst.Name) and t.value == name for n in edit.walk(function.body)
+               if isinstance(n, cst.Assign | cst.AnnAssign | cst.AugAssign) for t in edit.targets(n))
+
+
+def _same_constant(values: list[Value]) -> str | None:
+    if not values or not all(isinstance(v, Scalar) and v.known for v in values):
+        return None
+    found = {repr(v.const) for v in values if isinstance(v, Scalar)}
+    if len(found) != 1 or not isinstance(values[0], Scalar):
+        return None
+    return found.pop() if isinstance(values[0].const, bool | int | float | type(None)) else None

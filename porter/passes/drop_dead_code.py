@@ -1,0 +1,205 @@
+"""Drop assignments that nothing reads, attributes that no reached method uses, and calls made only for their effect on
+training, logging or the cache."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze.facts import Facts
+
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+# Attributes that the engine, not the file, reads from a port.
+ENGINE_ATTRIBUTES = frozenset({"sampler", "config", "weight_rules", "lm_head", "model"})
+
+
+class DropDeadCode(Pass):
+    """What only caching, masking, training or outputs needed is gone without a trace."""
+
+    stage = Stage.STRIP
+    reason = "nothing reads the result at inference"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        reads = _attribute_reads(facts)
+        for function in facts.called:
+            edits.update(_Liveness(facts, function, reads).edits)
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _attribute_reads(facts: Facts) -> set[str]:
+    """Attribute names read anywhere in reached code, other than by an assignment to themselves."""
+    found: set[str] = set()
+    for function in facts.called:
+        for node in edit.walk(function.body):
+            if isinstance(node, cst.Attribute) and not _is_target(node, function):
+                found.add(node.attr.value)
+    for name in ("offset", "padding_idx"):
+        if any(name in edit.code(f) for f in facts.called):
+            found.add(name)
+    return found
+
+
+def _is_target(node: cst.Attribute, function: cst.FunctionDef) -> bool:
+    return id(node) in _targets_of(function)
+
+
+_TARGETS: dict[int, tuple[cst.FunctionDef, frozenset[int]]] = {}
+
+
+def _targets_of(function: cst.FunctionDef) -> frozenset[int]:
+    known = _TARGETS.get(id(function))
+    if known is None or known[0] is not function:
+        found = frozenset(id(t) for n in edit.walk(function.body) if isinstance(n, cst.Assign | cst.AnnAssign)
+                          for t in edit.targets(n))
+        known = _TARGETS[id(function)] = (function, found)
+        if len(_TARGETS) > 4000:
+            _TARGETS.clear()
+    return known[1]
+
+
+class _Liveness:
+    """Backward liveness over one function; loops are taken twice, branches joined."""
+
+    def __init__(self, facts: Facts, function: cst.FunctionDef, reads: set[str]) -> None:
+        self.facts = facts
+        self.reads = reads
+        self.edits: dict[cst.CSTNode, edit.Edit] = {}
+        self.keep: set[cst.CSTNode] = set()
+        self.is_init = function.name.value == "__init__"
+        self._block(function.body, set(), is_function=True)
+        self.edits = {n: e for n, e in self.edits.items() if n not in self.keep}
+
+    def _block(self, body: cst.BaseSuite, live: set[str], is_function: bool = False) -> set[str]:
+        statements = list(body.body)
+        for position in range(len(statements) - 1, -1, -1):
+            node = statements[position]
+            first = is_function and position == 0
+            if isinstance(node, cst.SimpleStatementLine):
+                for small in reversed(node.body):
+                    live = self._small(small, live, first)
+            else:
+                live = self._compound(node, live)
+        return live
+
+    def _compound(self, node: cst.CSTNode, live: set[str]) -> set[str]:
+        if isinstance(node, cst.If):
+            return self._if(node, live)
+        if isinstance(node, cst.For):
+            inside = self._block(node.body, set(live))
+            inside = self._block(node.body, live | inside)
+            bound = {t.value for t in edit.leaves(node.target) if isinstance(t, cst.Name)}
+            return live | (inside - bound) | edit.names_read(node.iter)
+        if isinstance(node, cst.With):
+            live = self._block(node.body, live)
+            return live.union(*[edit.names_read(i) for i in node.items])
+        if isinstance(node, cst.Try):
+            return live | self._block(node.body, live)
+        return live | edit.names_read(node)
+
+    def _if(self, node: cst.If, live: set[str]) -> set[str]:
+        after = set(live)
+        result = self._block(node.body, set(after))
+        if isinstance(node.orelse, cst.If):
+            result |= self._if(node.orelse, set(after))
+        elif node.orelse is not None:
+            result |= self._block(node.orelse.body, set(after))
+        else:
+            result |= after
+        return result | edit.names_read(node.test)
+
+    def _small(self, small: cst.CSTNode, live: set[str], first: bool) -> set[str]:
+        if isinstance(small, cst.Assign | cst.AnnAssign):
+            return self._assign(small, live)
+        if isinstance(small, cst.AugAssign):
+            return self._augmented(small, live)
+        if isinstance(small, cst.Expr):
+            return self._expression(small, live, first)
+        if isinstance(small, cst.Return | cst.Raise):
+            live = set()
+        return live | edit.names_read(small)
+
+    def _assign(self, small: cst.Assign | cst.AnnAssign, live: set[str]) -> set[str]:
+        found = edit.targets(small)
+        if isinstance(small, cst.AnnAssign) and small.value is None:
+            self.edits[small] = edit.remove
+            return live
+        wanted = [t for t in found if self._wanted(t, live)]
+        if not wanted:
+            self.edits[small] = edit.remove
+            return live
+        self.keep.add(small)
+        bound = {t.value for t in found if isinstance(t, cst.Name)}
+        return (live - bound) | edit.names_read(small)
+
+    def _wanted(self, target: cst.BaseExpression, live: set[str]) -> bool:
+        if isinstance(target, cst.Name):
+            return target.value in live
+        if isinstance(target, cst.Attribute) and edit.code(target.value) == "self":
+            return target.attr.value in self.reads or self._in_parameters(target)
+        if isinstance(target, cst.Subscript):
+            return bool(edit.names_read(target.value) & (live | {"self"}))
+        return True
+
+    def _in_parameters(self, target: cst.Attribute) -> bool:
+        """A parameter-holding attribute of a container that is called as a whole stays."""
+        return target.attr.value in ("weight_rules", "sampler") and self.is_init
+
+    def _augmented(self, small: cst.AugAssign, live: set[str]) -> set[str]:
+        target = small.target
+        if isinstance(target, cst.Name) and target.value not in live:
+            self.edits[small] = edit.remove
+            return live
+        if isinstance(target, cst.Attribute) and not self._wanted(target, live):
+            self.edits[small] = edit.remove
+            return live
+        self.keep.add(small)
+        return live | edit.names_read(small.target) | edit.names_read(small.value)
+
+    def _expression(self, small: cst.Expr, live: set[str], first: bool) -> set[str]:
+        value = small.value
+        if isinstance(value, cst.SimpleString | cst.ConcatenatedString):
+            if not first:
+                self.edits[small] = edit.remove
+            return live
+        if not self._matters(value, live):
+            self.edits[small] = edit.remove
+            return live
+        self.keep.add(small)
+        return live | edit.names_read(small)
+
+    def _matters(self, value: cst.BaseExpression, live: set[str]) -> bool:
+        """Whether an expression statement does something that inference sees."""
+        if not isinstance(value, cst.Call):
+            return False
+        text = edit.code(value.func)
+        if text.endswith(".__init__"):
+            return True
+        if isinstance(value.func, cst.Attribute):
+            name, receiver = value.func.attr.value, edit.names_read(value.func.value)
+            if name == "register_buffer" and value.args:
+                return edit.code(value.args[0].value).strip("\"'") in self.reads
+            if name.endswith("_") and not name.startswith("_"):
+                return bool(receiver & live) or "self" in receiver and self._attribute_live(value.func.value)
+            if name in ("append", "extend", "insert", "update"):
+                return bool(receiver & live) or "self" in receiver and self._attribute_live(value.func.value)
+        return self._sets_attributes(value)
+
+    def _attribute_live(self, node: cst.BaseExpression) -> bool:
+        return isinstance(node, cst.Attribute) and node.attr.value in self.reads
+
+    def _sets_attributes(self, call: cst.Call) -> bool:
+        """A call of a method of the file that assigns attributes, such as a table builder."""
+        for record in self.facts.calls_at(call):
+            for node in edit.walk(record.function.node.body):
+                if isinstance(node, cst.Assign):
+                    for target in edit.targets(node):
+                        if isinstance(target, cst.Attribute) and target.attr.value in self.reads:
+                            return True
+                if isinstance(node, cst.Call) and edit.code(node.func) == "self.register_buffer" and node.args:
+                    if edit.code(node.args[0].value).strip("\"'") in self.reads:
+                        return True
+        return False
+
+

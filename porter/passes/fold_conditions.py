@@ -1,0 +1,114 @@
+"""Fold conditions that are settled when the engine calls the model: no labels, no cache object, no training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import libcst as cst
+
+from porter.analyze.facts import Facts
+from porter.analyze.interp import always_raises
+from porter.analyze.values import Scalar
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+
+class FoldConditions(Pass):
+    """A branch that no path takes is not part of inference; a condition that all paths settle alike needs no test.
+
+    Conditions on the config stay branches of the port.
+    """
+
+    stage = Stage.STRIP
+    reason = "the condition is settled at inference"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        for function in facts.called:
+            for node in edit.walk(function.body):
+                edits.update(_fold(facts, node, function))
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _fold(facts: Facts, node: cst.CSTNode, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
+    if isinstance(node, cst.If):
+        return _fold_if(facts, node)
+    if isinstance(node, cst.IfExp):
+        return _fold_choice(facts, node)
+    if isinstance(node, cst.BooleanOperation):
+        return _fold_boolean(facts, node)
+    if isinstance(node, cst.For) and facts.branches(node) == {False}:
+        return {node: edit.remove}
+    if isinstance(node, cst.With) and _is_context(node):
+        return {node: lambda updated: cst.FlattenSentinel(updated.body.body)}
+    if isinstance(node, cst.Assert):
+        return {node: edit.remove}
+    return {}
+
+
+def _is_context(node: cst.With) -> bool:
+    text = edit.code(node.items[0].item)
+    return any(word in text for word in ("no_grad", "autocast", "set_grad_enabled", "inference_mode"))
+
+
+def _outcomes(facts: Facts, test: cst.BaseExpression) -> set[bool]:
+    """How a test came out over all paths; both if a config field decides it."""
+    return facts.branches(test)
+
+
+def _fold_if(facts: Facts, node: cst.If) -> dict[cst.CSTNode, edit.Edit]:
+    if always_raises(node.body) and node.orelse is None:
+        return {node: edit.remove}
+    outcomes = _outcomes(facts, node.test)
+    if outcomes == {True}:
+        return {node: lambda updated: _inline(updated.body, node)}
+    if outcomes == {False}:
+        return {node: lambda updated: _else_part(updated)}
+    if always_raises(node.body) and len(outcomes) == 2 and isinstance(node.orelse, cst.Else):
+        return {node: lambda updated: _inline(updated.orelse.body, node)}
+    if isinstance(node.orelse, cst.Else) and always_raises(node.orelse.body):
+        return {node: lambda updated: updated.with_changes(orelse=None)} if not _last_resort(node) else {
+            node: lambda updated: _inline(updated.body, node)}
+    return {}
+
+
+def _last_resort(node: cst.If) -> bool:
+    return True
+
+
+def _inline(body: cst.BaseSuite, node: cst.If) -> Any:
+    statements = list(body.body)
+    if statements and isinstance(statements[0], cst.SimpleStatementLine | cst.BaseCompoundStatement):
+        comments = [line for line in node.leading_lines if line.comment is not None]
+        statements[0] = statements[0].with_changes(leading_lines=[*comments, *statements[0].leading_lines])
+    return cst.FlattenSentinel(statements)
+
+
+def _else_part(updated: cst.If) -> Any:
+    orelse = updated.orelse
+    if orelse is None:
+        return cst.RemoveFromParent()
+    if isinstance(orelse, cst.If):
+        return orelse
+    return cst.FlattenSentinel(orelse.body.body)
+
+
+def _fold_choice(facts: Facts, node: cst.IfExp) -> dict[cst.CSTNode, edit.Edit]:
+    outcomes = _outcomes(facts, node.test)
+    if outcomes == {True}:
+        return {node: lambda updated: edit.parenthesized(updated.body) if node.lpar else updated.body}
+    if outcomes == {False}:
+        return {node: lambda updated: edit.parenthesized(updated.orelse) if node.lpar else updated.orelse}
+    return {}
+
+
+def _fold_boolean(facts: Facts, node: cst.BooleanOperation) -> dict[cst.CSTNode, edit.Edit]:
+    """`a and b` with a settled `a`."""
+    outcomes = _outcomes(facts, node.left)
+    values = facts.values(node.left)
+    if len(outcomes) != 1 or not all(isinstance(v, Scalar) and v.known for v in values):
+        return {}
+    neutral = isinstance(node.operator, cst.And)
+    if outcomes == {neutral}:
+        return {node: lambda updated: updated.right}
+    return {node: lambda updated: updated.left}

@@ -1,0 +1,224 @@
+"""Hand positions, each layer's cache and the attention metadata down from the entry to the attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import libcst as cst
+
+from porter.analyze.evaluate import SEQ_LENGTH, Evaluator, Point, Unevaluable
+from porter.analyze.facts import CallRecord, Facts
+from porter.analyze.values import Tensor, Value
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+RUNTIME = ("positions", "kv_caches", "kv_cache", "attn_metadata")
+
+
+class UsePositions(Pass):
+    """Positions come from the engine, one for each token; nothing counts them from shapes or masks."""
+
+    stage = Stage.ATTEND
+    reason = "the engine gives each token's position"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits = _renames(facts)
+        if not edits:
+            edits = _computed(facts)
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _renames(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
+    """Call the argument that holds the positions `positions` wherever it goes."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for function in facts.called:
+        for param in edit.params_of(function):
+            name = param.name.value
+            bound = [r.bound[name] for r in facts.calls_of(function) if name in r.bound]
+            if name == "positions" or not bound or not all(v.op == "positions" for v in bound):
+                continue
+            if any(p.name.value == "positions" for p in edit.params_of(function)) or name not in ("position_ids",):
+                continue
+            edits.update(_rename(facts, function, name))
+    return edits
+
+
+def _rename(facts: Facts, function: cst.FunctionDef, name: str) -> dict[cst.CSTNode, edit.Edit]:
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for node in edit.walk(function):
+        if isinstance(node, cst.Name) and node.value == name and not _is_keyword(facts, node):
+            edits[node] = edit.replace("positions")
+    for record in facts.calls_of(function):
+        if isinstance(record.site, cst.Call):
+            for arg in record.site.args:
+                if arg.keyword is not None and arg.keyword.value == name:
+                    edits[arg.keyword] = edit.replace("positions")
+    return edits
+
+
+def _is_keyword(facts: Facts, node: cst.Name) -> bool:
+    above = edit.parent(facts.program.tree, node)
+    return (isinstance(above, cst.Arg) and above.keyword is node) or (
+        isinstance(above, cst.Attribute) and above.attr is node)
+
+
+def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
+    """Replace position ids that the file counts itself, where an embedding or a table is looked up with them."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for function in facts.called:
+        for node in edit.walk(function.body):
+            ids = _looked_up(facts, node)
+            if ids is None:
+                continue
+            for inner in edit.walk(ids):
+                if isinstance(inner, cst.BaseExpression) and _counts(facts.values(inner)):
+                    if not (isinstance(inner, cst.Name) and inner.value == "positions"):
+                        edits[inner] = edit.replace("positions")
+                    break
+    return edits
+
+
+def _looked_up(facts: Facts, node: cst.CSTNode) -> cst.BaseExpression | None:
+    """The ids of an embedding call or of an index into a table."""
+    values = [v for v in facts.values(node) if isinstance(v, Tensor)]
+    if isinstance(node, cst.Call) and node.args and any(v.op == "embedding" for v in values):
+        made = [v for v in values if v.op == "embedding"]
+        arg = node.args[0].value
+        if all(any(v is m.args[0] for v in facts.values(arg)) for m in made):
+            return arg
+    if isinstance(node, cst.Subscript) and any(v.op == "getitem" for v in values):
+        index = node.slice[0].slice
+        if isinstance(index, cst.Index) and any(isinstance(v, Tensor) and v.sizes_only
+                                                for v in facts.values(index.value)):
+            return index.value
+    return None
+
+
+def _counts(values: list[Value]) -> bool:
+    """Whether values are 0, 1, 2 ... along the sequence, whatever the batch."""
+    if not values or not all(isinstance(v, Tensor) and v.sizes_only and v.shape for v in values):
+        return False
+    for value in values:
+        try:
+            array = Evaluator(Point())(value)
+        except Unevaluable:
+            return False
+        rows = array.reshape(-1, array.shape[-1]) if getattr(array, "ndim", 0) else array
+        if getattr(rows, "ndim", 0) != 2 or rows.shape[-1] != SEQ_LENGTH:
+            return False
+        if not all((row == range(SEQ_LENGTH)).all() for row in rows):
+            return False
+    return True
+
+
+class ThreadInputs(Pass):
+    """What the attention layers need travels as plain arguments, named alike everywhere."""
+
+    stage = Stage.ATTEND
+    reason = "the attention layers need positions, their cache and the batch's metadata"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        missing = {f: m for f in facts.called if (m := _missing(facts, f))}
+        for function, names in missing.items():
+            edits[function] = _with_params(names)
+            for record in facts.calls_of(function):
+                if isinstance(record.site, cst.Call):
+                    edits.update(_at_site(facts, record, names))
+            if missing:
+                break
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _missing(facts: Facts, function: cst.FunctionDef) -> list[str]:
+    """Runtime inputs that a function reads without having them."""
+    if function.name.value == "__init__":
+        return []
+    have = {p.name.value for p in edit.params_of(function)}
+    for node in edit.walk(function.body):
+        if isinstance(node, cst.Assign):
+            have |= {t.value for t in edit.targets(node) if isinstance(t, cst.Name)}
+    read = edit.names_read(function.body)
+    return [n for n in RUNTIME if n in read and n not in have]
+
+
+def _with_params(names: list[str]) -> edit.Edit:
+    def change(updated: cst.FunctionDef) -> cst.FunctionDef:
+        params = list(updated.params.params)
+        first = 1 if params and params[0].name.value == "self" else 0
+        comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+        params = [p.with_changes(comma=comma, default=None, equal=cst.MaybeSentinel.DEFAULT) for p in params]
+        for name in names:
+            place = first if name == "positions" else len(params)
+            params.insert(place, cst.Param(cst.Name(name), comma=comma))
+        params[-1] = params[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+        return updated.with_changes(params=updated.params.with_changes(params=params))
+    return change
+
+
+def _at_site(facts: Facts, record: CallRecord, names: Iterable[str]) -> dict[cst.CSTNode, edit.Edit]:
+    site = record.site
+    assert isinstance(site, cst.Call)
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    loop = edit.enclosing(facts.program.tree, site, cst.For)
+    values = dict.fromkeys(names, "")
+    for name in values:
+        values[name] = name
+    if "kv_cache" in values and loop is not None:
+        values["kv_cache"] = f"kv_caches[{_loop_index(loop, edits)}]"
+    edits[site] = _with_args(record, values)
+    return edits
+
+
+def _loop_index(loop: cst.For, edits: dict[cst.CSTNode, edit.Edit]) -> str:
+    """The number of the layer in a loop over layers; `enumerate` is added where the loop has none."""
+    if isinstance(loop.iter, cst.Call) and edit.code(loop.iter.func) == "enumerate":
+        target = loop.target
+        assert isinstance(target, cst.Tuple)
+        return edit.code(target.elements[0].value)
+    if isinstance(loop.iter, cst.Call) and edit.code(loop.iter.func) == "range":
+        return edit.code(loop.target)
+    edits[loop.iter] = lambda updated: cst.Call(cst.Name("enumerate"), [cst.Arg(updated)])
+    edits[loop.target] = lambda updated: cst.Tuple(
+        [cst.Element(cst.Name("i")), cst.Element(edit.parenthesized(updated) if isinstance(updated, cst.Tuple)
+                                                 else updated)], lpar=[], rpar=[])
+    return "i"
+
+
+def _with_args(record: CallRecord, values: dict[str, str]) -> edit.Edit:
+    """Add arguments to a call: positions first, the rest last; keywords become positional where the order allows."""
+    params = [p.name.value for p in edit.params_of(record.function.node)]
+    if record.receiver is not None and params and params[0] == "self":
+        params = params[1:]
+
+    def change(updated: cst.Call) -> cst.Call:
+        args = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in updated.args]
+        args = _positional(args, params)
+        plain = all(a.keyword is None and not a.star for a in args)
+        for name, value in values.items():
+            arg = cst.Arg(edit.parse(value))
+            if name == "positions":
+                args.insert(0, arg)
+            elif plain:
+                args.append(arg)
+            else:
+                args.append(cst.Arg(edit.parse(value), keyword=cst.Name(name), equal=_EQUAL))
+        return updated.with_changes(args=args, whitespace_before_args=cst.SimpleWhitespace(""))
+    return change
+
+
+_EQUAL = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+
+
+def _positional(args: list[cst.Arg], params: list[str]) -> list[cst.Arg]:
+    """Arguments by position if their keywords are the parameters from the first on."""
+    named = {a.keyword.value: a for a in args if a.keyword is not None}
+    bare = [a for a in args if a.keyword is None]
+    if any(a.star for a in args):
+        return args
+    rest = params[len(bare) : len(bare) + len(named)]
+    if set(rest) != set(named):
+        return args
+    clean = cst.SimpleWhitespace("")
+    return [*[a.with_changes(whitespace_after_arg=clean) for a in bare],
+            *[cst.Arg(named[n].value) for n in rest]]
