@@ -14,6 +14,7 @@ from torch import nn
 from porter.runtime.checkpoint import iterate_weights
 from porter.runtime.config import EngineConfig
 from porter.runtime.layers.linear import LinearMethod
+from porter.runtime.layers.packing import pack_weights
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_registry import load_port
 from porter.runtime.quantization.registry import get_linear_method
@@ -123,6 +124,7 @@ def _build_model(config: EngineConfig) -> nn.Module:
         _fill_with_noise(model, config.seed)
     else:
         model.load_weights(iterate_weights(config.model, config.load_progress))
+    pack_weights(model)
     loaded: nn.Module = model
     return loaded
 
