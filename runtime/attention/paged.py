@@ -62,7 +62,7 @@ class PagedAttention(nn.Module):
         store_kv_cache(key, value, kv_cache, attn_metadata.slot_mapping, all_stored)
         sinks = self._sinks[0] if self._sinks else None
         out = paged_attention(query, kv_cache, batch, self.traits, sinks, self.alibi_slopes)
-        return out.view(-1, self.num_heads * self.head_dim)
+        return out.reshape(-1, self.num_heads * self.head_dim)
 
 
 def _batch(m: AttentionMetadata) -> tuple[PagedBatch, bool]:

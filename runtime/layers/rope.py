@@ -123,9 +123,9 @@ def _yarn(p: RopeParameters, dim: int, max_position: int) -> tuple[torch.Tensor,
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
-    plain = _inverse(base, dim)
-    return plain / factor * ramp + plain * (1 - ramp), float(scale)
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    wavelength = base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    return 1.0 / (factor * wavelength) * (1 - kept) + 1.0 / wavelength * kept, float(scale)
 
 
 def _longrope(p: RopeParameters, dim: int, max_position: int) -> tuple[torch.Tensor, float]:
@@ -143,7 +143,7 @@ def _longrope(p: RopeParameters, dim: int, max_position: int) -> tuple[torch.Ten
 def _llama3(p: RopeParameters, dim: int, max_position: int) -> tuple[torch.Tensor, float]:
     inv_freq = _inverse(p["rope_theta"], dim)
     factor, low, high = p["factor"], p["low_freq_factor"], p["high_freq_factor"]
-    turns = p["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    turns = p["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * inv_freq / factor + smooth * inv_freq, 1.0
 
