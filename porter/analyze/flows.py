@@ -1,0 +1,105 @@
+"""Where values of a flat program go: which projections feed attention, which linears form an MLP, what may be sharded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from porter.analyze.facts import World
+from porter.analyze.values import Layer, Scalar, Sequence, Tensor, Value
+
+ELEMENTWISE = frozenset("mul add sub div pow tanh sigmoid activation silu gelu relu neg clamp square erf exp softplus "
+                        "sqrt rsqrt abs to float type type_as clone contiguous act_and_mul maximum minimum".split())
+RESHAPES = frozenset("view reshape unflatten flatten unsqueeze squeeze shard piece getitem".split())
+
+
+class Flows:
+    """The uses of every tensor of one path."""
+
+    def __init__(self, world: World) -> None:
+        self.uses: dict[int, list[Value]] = defaultdict(list)
+        self.tensors: dict[int, Tensor] = {}
+        for values in world.values.values():
+            for value in values:
+                self._add(value)
+
+    def _add(self, value: Value) -> None:
+        if isinstance(value, Sequence):
+            for item in value.items:
+                self._add(item)
+        if not isinstance(value, Tensor) or id(value) in self.tensors:
+            return
+        self.tensors[id(value)] = value
+        for arg in _flat_args(value):
+            self.uses[id(arg)].append(value)
+            if isinstance(arg, Tensor):
+                self._add(arg)
+
+    def linears(self) -> Iterator[Tensor]:
+        return (v for v in self.tensors.values() if v.op == "linear")
+
+    def of(self, op: str) -> Iterator[Tensor]:
+        return (v for v in self.tensors.values() if v.op == op)
+
+
+def _flat_args(value: Value) -> Iterator[Value]:
+    for arg in value.args:
+        if isinstance(arg, Sequence):
+            yield from _flat_args(arg)
+            yield from arg.items
+        else:
+            yield arg
+
+
+def layer_of(value: Value) -> Layer | None:
+    layer = value.attrs.get("layer")
+    return layer if isinstance(layer, Layer) else None
+
+
+def behind(value: Value, through: frozenset[str]) -> list[Tensor]:
+    """The tensors that `value` is made of by operations in `through` only: the frontier, parameters left out."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    todo: list[Value] = [value]
+    while todo:
+        current = todo.pop()
+        if id(current) in seen or isinstance(current, Scalar | Layer):
+            continue
+        seen.add(id(current))
+        if isinstance(current, Tensor) and current.op not in through:
+            found.append(current)
+        else:
+            todo.extend(_flat_args(current))
+    return found
+
+
+def mixes_features(value: Tensor, source: Tensor, width: object) -> bool:
+    """Whether something between `source` and `value` looks at more than one head: a norm or reduction over all of it."""
+    for inner in value.walk(frozenset({"linear"})):
+        if not isinstance(inner, Tensor) or inner is source:
+            continue
+        if inner.op in ("mean", "sum", "layer_norm", "rms_norm", "softmax", "norm", "var", "amax", "matmul"):
+            seen = inner.args[0]
+            if isinstance(seen, Tensor) and seen.shape and seen.shape[-1] != width:
+                return True
+        if inner.op == "parameter" and inner.shape and (len(inner.shape) > 1 or inner.shape[-1] != width):
+            return True
+    return False
+
+
+def all_uses_are(flows: Flows, value: Tensor, through: frozenset[str], ends: set[int]) -> bool:
+    """Whether every path from `value` through elementwise operations ends in one of `ends`."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        for use in flows.uses[id(todo.pop())]:
+            if id(use) in ends or id(use) in seen:
+                continue
+            seen.add(id(use))
+            if use.op not in through or not isinstance(use, Tensor):
+                return False
+            todo.append(use)
+    return True
+
+
+__all__ = ["ELEMENTWISE", "RESHAPES", "Flows", "all_uses_are", "behind", "layer_of", "mixes_features"]

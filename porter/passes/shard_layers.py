@@ -1,0 +1,176 @@
+"""Choose the parallel layer for every linear and embedding, by where its values come from and go to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import libcst as cst
+
+from porter.analyze.facts import Facts, World
+from porter.analyze.flows import ELEMENTWISE, RESHAPES, Flows, all_uses_are, behind, layer_of
+from porter.analyze.program import full_name
+from porter.analyze.values import Layer, Scalar, Tensor
+from porter.passes import edit
+from porter.passes.attend import LINEAR
+from porter.passes.base import Pass, Stage
+
+EMBEDDING = "porter.runtime.layers.embedding"
+THROUGH = ELEMENTWISE | RESHAPES
+ROLES = {"row": "RowParallelLinear", "column": "ColumnParallelLinear", "replicated": "ReplicatedLinear",
+         "head": "ParallelLMHead", "embedding": "VocabParallelEmbedding"}
+
+
+class ShardLayers(Pass):
+    """A linear into attention or an activation splits its outputs, the one after it its inputs; the rest is replicated.
+
+    Every linear and embedding takes `linear_method`, so that it can be quantized.
+    """
+
+    stage = Stage.SHARD
+    flat = True
+    reason = "its values flow so that it can be split over ranks this way"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        roles = _roles(facts)
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        imports: dict[str, set[str]] = {}
+        for function in facts.called:
+            for node in edit.walk(function.body):
+                if isinstance(node, cst.Call):
+                    edits.update(_create(facts, node, roles, imports))
+        return edit.add_imports(edit.rewrite(facts.program.tree, edits), imports)
+
+
+def _roles(facts: Facts) -> dict[cst.CSTNode, set[str]]:
+    """The role of every layer by the call that creates it, over all paths."""
+    roles: dict[cst.CSTNode, set[str]] = defaultdict(set)
+    for world in facts.worlds:
+        found = _world_roles(world)
+        by_layer = {id(layer): role for layer, role in found}
+        for node, values in world.values.items():
+            if not isinstance(node, cst.Call):
+                continue
+            for value in values:
+                layer = _made(value)
+                if layer is not None and layer.node is node or _is_linear_instance(value, node):
+                    roles[node].add(by_layer.get(id(layer), "unused"))
+    for seen in roles.values():
+        if len(seen) > 1:
+            seen.discard("unused")
+    return roles
+
+
+def _made(value: object) -> Layer | None:
+    if isinstance(value, Layer):
+        return value
+    shell = getattr(value, "attrs", {}).get("<layer>")
+    return shell if isinstance(shell, Layer) else None
+
+
+def _is_linear_instance(value: object, node: cst.CSTNode) -> bool:
+    layer = _made(value)
+    return layer is not None and not isinstance(value, Layer) and getattr(value, "node", None) is node
+
+
+def _world_roles(world: World) -> list[tuple[Layer, str]]:
+    flows = Flows(world)
+    roles: dict[int, tuple[Layer, str]] = {}
+
+    def give(value: Tensor, role: str) -> None:
+        layer = layer_of(value)
+        if layer is not None:
+            before = roles.get(id(layer))
+            roles[id(layer)] = (layer, role if before is None or before[1] == role else "replicated")
+
+    head = _head(world)
+    rows: dict[int, list[Tensor]] = {}
+    for value in flows.linears():
+        layer = layer_of(value)
+        if layer is None or layer.kind not in ("linear", "conv1d") or value is head:
+            continue
+        sources = behind(value.args[0], THROUGH)
+        if sources and all(_splits(s) for s in sources):
+            rows[id(value)] = sources
+    ends = set(rows)
+    for value in flows.linears():
+        if value is head:
+            give(value, "head")
+        elif id(value) in rows and all(_safe(flows, s, ends) for s in rows[id(value)]):
+            give(value, "row")
+            for source in rows[id(value)]:
+                if source.op == "linear" and (layer := layer_of(source)) is not None and layer.kind in (
+                        "linear", "conv1d"):
+                    give(source, "column")
+    for value in flows.linears():
+        layer = layer_of(value)
+        if layer is not None and id(layer) not in roles:
+            give(value, "replicated")
+    for value in flows.of("embedding"):
+        give(value, "embedding" if value.args[0].op == "input_ids" else "positions")
+    return list(roles.values())
+
+
+def _splits(value: Tensor) -> bool:
+    """Whether a value can be split over ranks: an attention with local heads, or a linear that may be a column."""
+    layer = layer_of(value)
+    if value.op == "paged_attention":
+        heads = layer.params.get("num_heads") if layer is not None else None
+        return isinstance(heads, Scalar) and heads.text.endswith(".num_heads")
+    return value.op == "linear" and layer is not None and layer.kind in ("linear", "conv1d", "merged_linear")
+
+
+def _safe(flows: Flows, source: Tensor, ends: set[int]) -> bool:
+    return source.op == "paged_attention" or all_uses_are(flows, source, THROUGH, ends)
+
+
+def _head(world: World) -> Tensor | None:
+    """The linear whose output are the logits."""
+    result = world.result
+    if result is None:
+        return None
+    found = [v for v in result.walk(frozenset({"linear"})) if v.op == "linear"]
+    return found[0] if found and isinstance(found[0], Tensor) else None
+
+
+def _create(facts: Facts, node: cst.Call, roles: dict[cst.CSTNode, set[str]],
+            imports: dict[str, set[str]]) -> dict[cst.CSTNode, edit.Edit]:
+    name = full_name(node.func).rsplit(".", 1)[-1]
+    if node not in roles or name in ROLES.values():
+        return {}
+    kinds = {_made(v).kind for v in facts.values(node) if _made(v) is not None}  # type: ignore[union-attr]
+    seen = roles[node]
+    role = seen.pop() if len(seen) == 1 else "replicated"
+    if not kinds <= {"linear", "conv1d", "embedding"} or role not in ROLES:
+        return {}
+    target = ROLES[role]
+    imports.setdefault(EMBEDDING if role in ("head", "embedding") else LINEAR, set()).add(target)
+    if kinds == {"conv1d"}:
+        facts.notes.setdefault("transposed", set()).add(_attribute(facts, node))
+    arguments = _arguments(node, kinds, role)
+    return {node: edit.replace(f"{target}({', '.join(arguments)})")}
+
+
+def _attribute(facts: Facts, node: cst.Call) -> str:
+    assign = edit.enclosing(facts.program.tree, node, cst.Assign)
+    target = edit.targets(assign)[0] if assign is not None else None
+    return target.attr.value if isinstance(target, cst.Attribute) else ""
+
+
+def _arguments(node: cst.Call, kinds: set[str], role: str) -> list[str]:
+    """The sizes and bias of a layer, in the order of its parallel form."""
+    named = {a.keyword.value: edit.code(a.value) for a in node.args if a.keyword is not None}
+    plain = [edit.code(a.value) for a in node.args if a.keyword is None]
+
+    def get(position: int, *keys: str) -> str:
+        return next((named[k] for k in keys if k in named), plain[position] if position < len(plain) else "")
+
+    if role == "embedding":
+        return [get(0, "num_embeddings"), get(1, "embedding_dim")]
+    if kinds == {"conv1d"}:
+        return [get(1, "nx"), get(0, "nf")]
+    inputs, outputs = get(0, "in_features", "input_size"), get(1, "out_features", "output_size")
+    bias = get(2, "bias")
+    sizes = [outputs, inputs] if role == "head" else [inputs, outputs]
+    default = "False" if role == "head" else "True"
+    return [*sizes, f"bias={bias}"] if bias and bias != default else [*sizes, "bias=True"] if (
+        role == "head" and not bias) else [*sizes, "bias=False"] if bias == "False" else sizes
