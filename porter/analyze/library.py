@@ -155,14 +155,16 @@ def layer_attribute(base: Layer, name: str, node: cst.CSTNode | None) -> Value:
     if name in base.attrs and isinstance(base.attrs[name], Value):
         found: Value = base.attrs[name]
         return found
+    if base.kind == "qkv_linear" and name in ("num_heads", "num_kv_heads"):
+        total = base.params.get(name)
+        total = base.params["num_heads"] if total is None or is_none(total) else total
+        return Scalar(op="leaf", text=f"local.{name}", size=total.size if isinstance(total, Scalar) else None)
     if name in base.params and name != "bias":
         return base.params[name]
     if name == "bias" and isinstance(base.params.get("bias"), Scalar) and base.params["bias"].const is False:
         return const(None)
     if name in ("weight", "bias") and base.kind in ("linear", "conv1d", "embedding", "layer_norm", "rms_norm"):
         return ops.layer_weight(base, name)
-    if name in ("num_heads", "num_kv_heads", "head_dim"):
-        return symbol(f"self.{base.path.rsplit('.', 1)[-1]}.{name}")
     return Value(op="attribute", args=(base,), attrs={"name": name})
 
 

@@ -34,7 +34,8 @@ def _attribute_reads(facts: Facts) -> set[str]:
     for function in facts.called:
         for node in edit.walk(function.body):
             if isinstance(node, cst.Attribute) and not _is_target(node, function):
-                found.add(node.attr.value)
+                if not edit.code(node.value).endswith(("config", "nn.functional", "torch", "F")):
+                    found.add(node.attr.value)
     for name in ("offset", "padding_idx"):
         if any(name in edit.code(f) for f in facts.called):
             found.add(name)

@@ -60,23 +60,22 @@ def _fold_if(facts: Facts, node: cst.If) -> dict[cst.CSTNode, edit.Edit]:
     if always_raises(node.body) and node.orelse is None:
         return {node: edit.remove}
     outcomes = _outcomes(facts, node.test)
-    if outcomes == {True}:
-        return {node: lambda updated: _inline(updated.body, node)}
+    above = edit.parent(facts.program.tree, node)
+    nested = isinstance(above, cst.If) and above.orelse is node
     if outcomes == {False}:
-        return {node: lambda updated: _else_part(updated)}
+        return {node: lambda updated: _else_part(updated, nested)}
     if always_raises(node.body) and len(outcomes) == 2 and isinstance(node.orelse, cst.Else):
-        return {node: lambda updated: _inline(updated.orelse.body, node)}
-    if isinstance(node.orelse, cst.Else) and always_raises(node.orelse.body):
-        return {node: lambda updated: updated.with_changes(orelse=None)} if not _last_resort(node) else {
-            node: lambda updated: _inline(updated.body, node)}
+        return {node: lambda updated: _inline(updated.orelse.body, node, nested)}
+    last_resort = isinstance(node.orelse, cst.Else) and always_raises(node.orelse.body)
+    if outcomes == {True} or last_resort:
+        return {node: lambda updated: _inline(updated.body, node, nested)}
     return {}
 
 
-def _last_resort(node: cst.If) -> bool:
-    return True
-
-
-def _inline(body: cst.BaseSuite, node: cst.If) -> Any:
+def _inline(body: cst.BaseSuite, node: cst.If, nested: bool) -> Any:
+    """The statements of a block in place of its `if`; an `elif` becomes the `else` of the one above."""
+    if nested:
+        return cst.Else(body)
     statements = list(body.body)
     if statements and isinstance(statements[0], cst.SimpleStatementLine | cst.BaseCompoundStatement):
         comments = [line for line in node.leading_lines if line.comment is not None]
@@ -84,11 +83,11 @@ def _inline(body: cst.BaseSuite, node: cst.If) -> Any:
     return cst.FlattenSentinel(statements)
 
 
-def _else_part(updated: cst.If) -> Any:
+def _else_part(updated: cst.If, nested: bool) -> Any:
     orelse = updated.orelse
     if orelse is None:
         return cst.RemoveFromParent()
-    if isinstance(orelse, cst.If):
+    if nested or isinstance(orelse, cst.If):
         return orelse
     return cst.FlattenSentinel(orelse.body.body)
 

@@ -1,0 +1,190 @@
+"""Conversion: analyse, rewrite stage by stage, emit, and report every edit with its reason."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import libcst as cst
+
+from porter import __version__
+from porter.analyze import library
+from porter.analyze.facts import Facts
+from porter.analyze.interp import explore
+from porter.analyze.program import Program
+from porter.analyze.weights import derive
+from porter.emit import emit, target_settings
+from porter.errors import ConversionError, Refusal, SourceError
+from porter.passes.base import Pass, Stage, discover
+from porter.source import Source
+
+ROUNDS = 24
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change: the pass that made it, the line of the source that it is about, and why."""
+
+    stage: str
+    name: str
+    line: int
+    before: str
+    after: str
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"pass": self.name, "stage": self.stage, "line": self.line, "before": self.before, "after": self.after,
+                "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A port: its module's name and text, the manifest that goes beside it, and what was understood."""
+
+    module_name: str
+    code: str
+    manifest: dict[str, Any]
+    spec: dict[str, Any]
+
+
+def convert(source: Source, target: str = "native") -> Conversion:
+    """Rewrite a modeling file into a port. The file is read as text and never run.
+
+    Raises:
+        SourceError: it is not Python.
+        Refusal: a construct is not understood; nothing is guessed.
+        UsageError: there is no such target.
+    """
+    target_settings(target)
+    work = _Work(source)
+    try:
+        for stage in Stage:
+            work.run_stage(stage)
+        facts = work.facts()
+        rules = derive(source, work.original, facts, work.notes)
+        code = emit(source, facts, rules, target)
+    except Refusal as refusal:
+        raise work.located(refusal) from refusal
+    except RecursionError as error:
+        raise ConversionError(f"{source.name} nests too deeply to follow", "simplify the file") from error
+    spec = _spec(facts, rules, work)
+    return Conversion(_module_name(source), code, _manifest(source, facts, target, code, spec, work), spec)
+
+
+class _Work:
+    """The tree as it is now, the facts about it, and the edits so far."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.tree = _parse(source.text, source.name)
+        self.config = _parse(source.config_text, "its configuration") if source.config_text else None
+        self.original = Program.read(self.tree, self.config)
+        self.passes = discover()
+        self.notes: dict[str, Any] = {}
+        self.edits: list[Edit] = []
+        self.lines = list(range(1, self.tree.code.count("\n") + 2))  # source line of each line now
+        self.flat = False
+        self._facts: Facts | None = None
+
+    def facts(self) -> Facts:
+        if self._facts is None:
+            program = Program.read(self.tree, self.config)
+            wanted = program.classes.get(self.source.architecture or "")
+            entry = wanted if wanted is not None and program.method(wanted, "forward") else None
+            self._facts = explore(program, entry, self.flat)
+            self._facts.notes = self.notes
+        return self._facts
+
+    def run_stage(self, stage: Stage) -> None:
+        """Run a stage's passes to a fixed point, then clean up behind them."""
+        own = [p for p in self.passes if p.stage is stage]
+        if stage is Stage.FLATTEN:
+            for each in own:
+                self._apply(each)
+            self.flat = True
+            self._facts = None
+        else:
+            self._settle(own)
+        if stage is not Stage.STRIP:
+            self._settle([p for p in self.passes if p.stage is Stage.STRIP])
+
+    def _settle(self, passes: list[Pass]) -> None:
+        idle = 0
+        for turn in range(ROUNDS * max(len(passes), 1)):
+            changed = self._apply(passes[turn % len(passes)])
+            idle = 0 if changed else idle + 1
+            if idle >= len(passes):
+                return
+        raise ConversionError(f"{self.source.name}: the rewriting does not come to an end", "report this file")
+
+    def _apply(self, each: Pass) -> bool:
+        before = self.tree.code
+        result = each.apply(self.facts())
+        if result is self.tree or result.code == before:
+            return False
+        self.tree = _parse(result.code, f"the file after {each.name}")
+        self._facts = None
+        self._record(each, before.splitlines(), self.tree.code.splitlines())
+        return True
+
+    def _record(self, each: Pass, before: list[str], after: list[str]) -> None:
+        """Turn the difference that a pass made into edits, and carry the source lines along."""
+        lines: list[int] = []
+        for kind, a, b, c, d in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+            if kind == "equal":
+                lines += self.lines[a:b]
+                continue
+            at = self.lines[min(a, len(self.lines) - 1)]
+            lines += [at] * (d - c)
+            old, new = "\n".join(before[a:b]).strip(), "\n".join(after[c:d]).strip()
+            if old != new:
+                self.edits.append(Edit(each.stage.name, each.name, at, old, new, each.reason))
+        self.lines = lines or [1]
+
+    def located(self, refusal: Refusal) -> Refusal:
+        """A refusal with the source's name and line."""
+        line = self.lines[min(refusal.line, len(self.lines)) - 1] if refusal.line else 1
+        remedy = refusal.remedy
+        return Refusal(self.source.name, line, refusal.what, refusal.why, remedy)
+
+
+def _parse(text: str, name: str) -> cst.Module:
+    try:
+        return cst.parse_module(text)
+    except cst.ParserSyntaxError as error:
+        raise SourceError(f"{name} is not valid Python (line {error.raw_line}: {error.message})",
+                          "is the file complete?") from error
+
+
+def _module_name(source: Source) -> str:
+    stem = source.path.stem.removeprefix("modeling_")
+    return f"{stem}.py"
+
+
+def _spec(facts: Facts, rules: Any, work: _Work) -> dict[str, Any]:
+    """What was understood, JSON-able: config fields read, conditions, assumptions, weight rules."""
+    assumed = {k: v for w in facts.worlds for k, v in w.assumed.items()}
+    return {
+        "architecture": facts.entry.name,
+        "config_fields": sorted({k for w in facts.worlds for k in w.config_reads}),
+        "conditions": sorted({k for w in facts.worlds for k, _ in w.decisions}),
+        "assumes": {k: {"value": v, "reason": library.SERVING[k][1]} for k, v in sorted(assumed.items())},
+        "weight_rules": asdict(rules),
+        "paths": len(facts.worlds),
+    }
+
+
+def _manifest(source: Source, facts: Facts, target: str, code: str, spec: dict[str, Any], work: _Work) -> dict[str, Any]:
+    return {
+        "porter": __version__,
+        "architecture": facts.entry.name,
+        "target": target,
+        "module": _module_name(source),
+        "module_sha256": hashlib.sha256(code.encode()).hexdigest(),
+        "source": {"name": source.name, "sha256": source.sha256, "transformers": source.transformers},
+        "spec": spec,
+        "edits": [e.as_json() for e in work.edits],
+        "verified": None,
+    }

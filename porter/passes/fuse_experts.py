@@ -1,0 +1,96 @@
+"""Use the runtime's FusedMoE for stacked gated experts that a loop applies one by one."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze import scalars
+from porter.analyze.facts import CallRecord, Facts
+from porter.analyze.poly import Poly
+from porter.analyze.values import Instance, Layer, Tensor, Value
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+MOE = "porter.runtime.layers.moe"
+
+
+class FuseExperts(Pass):
+    """Experts `[E, 2I, H]` and `[E, H, I]` with act(gate) * up, weighted and summed over the chosen ones."""
+
+    stage = Stage.FUSE
+    flat = True
+    reason = "the loop over experts computes exactly a fused mixture of experts"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        for name in sorted({n for w in facts.worlds for n in w.classes}):
+            info = facts.program.classes[name]
+            forward = facts.program.method(info, "forward")
+            records = facts.calls_of(forward.node) if forward is not None else []
+            texts = {_experts(r) for r in records if isinstance(r.receiver, Instance) and r.receiver.cls is info}
+            if len(texts) == 1 and (text := texts.pop()) is not None:
+                edits.update(_replace(facts, name, text))
+        tree = edit.rewrite(facts.program.tree, edits)
+        return edit.add_imports(tree, {MOE: ["FusedMoE"]}) if edits else tree
+
+
+def _experts(record: CallRecord) -> str | None:
+    """The constructor of the fused layer, if the call loops over stacked gated experts and nothing else."""
+    instance = record.receiver
+    assert isinstance(instance, Instance)
+    weights = [v for v in instance.attrs.values() if isinstance(v, Tensor) and v.op == "parameter"]
+    inputs = [v for k, v in record.bound.items() if k != "self" and isinstance(v, Tensor)]
+    if len(weights) != 2 or len(inputs) != 3 or not isinstance(record.result, Tensor):
+        return None
+    added = [v for v in record.result.walk(frozenset({i.op for i in inputs})) if v.op == "index_add"]
+    activation = _activation(added[0], weights, inputs) if added else None
+    shapes = [w.shape for w in weights]
+    if activation is None or shapes[0] is None or shapes[1] is None or len(shapes[0]) != 3 or len(shapes[1]) != 3:
+        return None
+    experts, inter, hidden = shapes[1][0], shapes[1][2], shapes[1][1]
+    if shapes[0] != (experts, inter * Poly.const(2), hidden):
+        return None
+    name = activation.params.get("name")
+    act = scalars.text(name) if name is not None else "'silu'"
+    return f"FusedMoE({experts.text()}, {hidden.text()}, {inter.text()}, {act})"
+
+
+def _activation(added: Value, weights: list[Tensor], inputs: list[Tensor]) -> Layer | None:
+    """Follow index_add <- weight * down(act(gate) * up), gate and up being the halves of one product."""
+    current = _past_casts(added.args[3]) if len(added.args) > 3 else None
+    if current is None or current.op != "mul" or not _from(current.args[1], inputs[2]):
+        return None
+    down = _past_casts(current.args[0])
+    if down.op != "linear" or not _from(down.args[1], weights[1]):
+        return None
+    gated = _past_casts(down.args[0])
+    if gated.op != "mul" or gated.args[0].op != "activation" or gated.args[1].op != "piece":
+        return None
+    gate, up = gated.args[0].args[0], gated.args[1]
+    if gate.op != "piece" or gate.args[0] is not up.args[0] or gate.attrs["start"] != Poly.const(0):
+        return None
+    product, layer = gate.args[0], gated.args[0].args[1]
+    ok = product.op == "linear" and _from(product.args[1], weights[0]) and _from(product.args[0], inputs[0])
+    return layer if ok and isinstance(layer, Layer) else None
+
+
+def _past_casts(value: Value) -> Value:
+    while value.op in ("to", "type", "float", "type_as"):
+        value = value.args[0]
+    return value
+
+
+def _from(value: Value, source: Tensor) -> bool:
+    while value is not source and value.op in ("getitem", "to", "row"):
+        value = value.args[0]
+    return value is source
+
+
+def _replace(facts: Facts, name: str, text: str) -> dict[cst.CSTNode, edit.Edit]:
+    init = facts.program.method(facts.program.classes[name], "__init__")
+    assert init is not None
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for node in {r.site for r in facts.calls_of(init.node)}:
+        if isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == name:
+            edits[node] = edit.replace(text)
+    return edits

@@ -1,0 +1,80 @@
+"""Let forward return hidden states and compute_logits make logits of the rows that the sampler needs."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze.facts import Facts, line_of
+from porter.analyze.values import Layer
+from porter.errors import Refusal
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+HIDDEN = "hidden_states"
+
+
+class SplitLogits(Pass):
+    """The engine computes logits for the last token of each sequence only, after the forward."""
+
+    stage = Stage.FUSE
+    flat = True
+    reason = "logits are computed for the sampled rows only"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        tree = facts.program.tree
+        if "compute_logits" in facts.entry.methods:
+            return tree
+        forward = facts.program.method(facts.entry, "forward")
+        assert forward is not None
+        head = _head_call(facts, forward.node)
+        if head is None:
+            raise Refusal("", line_of(tree, facts.entry.node), facts.entry.name, "its forward does not end in a head "
+                          "over the vocabulary", "port ForCausalLM classes only")
+        line = edit.enclosing(tree, head, cst.SimpleStatementLine)
+        body = list(forward.node.body.body)
+        if line not in body:
+            raise Refusal("", line_of(tree, head), edit.code(head), "the head is applied under a condition",
+                          "apply it unconditionally")
+        place = body.index(line)
+        source = head.args[0].value
+        before = [*body[:place], edit.statement(f"return {edit.code(source)}")]
+        after = [_with_hidden(s, head) for s in body[place:]]
+        method = _compute_logits(after)
+        return edit.rewrite(tree, {
+            forward.node: lambda updated: cst.FlattenSentinel([
+                updated.with_changes(body=updated.body.with_changes(body=before), returns=None), method])})
+
+
+def _head_call(facts: Facts, forward: cst.FunctionDef) -> cst.Call | None:
+    for node in edit.walk(forward.body):
+        if isinstance(node, cst.Call) and node.args:
+            layers = [v for v in facts.values(node.func) if isinstance(v, Layer)]
+            if layers and all(v.attrs.get("class") == "ParallelLMHead" for v in layers):
+                return node
+    return None
+
+
+class _Replace(cst.CSTTransformer):
+    def __init__(self, head: cst.Call) -> None:
+        super().__init__()
+        self.head = head
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
+        if original_node is self.head:
+            return updated_node.with_changes(args=[cst.Arg(cst.Name(HIDDEN))])
+        return updated_node
+
+
+def _with_hidden(statement: cst.BaseStatement, head: cst.Call) -> cst.BaseStatement:
+    changed = statement.visit(_Replace(head))
+    assert isinstance(changed, cst.BaseStatement)
+    return changed
+
+
+def _compute_logits(body: list[cst.BaseStatement]) -> cst.FunctionDef:
+    node = cst.parse_statement(f"def compute_logits(self, {HIDDEN}: torch.Tensor) -> torch.Tensor:\n    pass\n")
+    assert isinstance(node, cst.FunctionDef)
+    if body and isinstance(body[0], cst.SimpleStatementLine):
+        body[0] = body[0].with_changes(leading_lines=[x for x in body[0].leading_lines if x.comment is not None
+                                                      and "loss" not in x.comment.value])
+    return node.with_changes(body=node.body.with_changes(body=body), leading_lines=[cst.EmptyLine()])

@@ -1,0 +1,64 @@
+"""Pass `linear_method` from the entry to every layer that can be quantized."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze.facts import Facts
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+TAKES = frozenset({"ColumnParallelLinear", "RowParallelLinear", "ReplicatedLinear", "MergedColumnParallelLinear",
+                   "QKVParallelLinear", "VocabParallelEmbedding", "ParallelLMHead", "FusedMoE"})
+NAME = "linear_method"
+_EQUAL = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+
+
+class ThreadLinearMethod(Pass):
+    """Quantization is a choice of the engine, made once and handed down."""
+
+    stage = Stage.FUSE
+    flat = True
+    reason = "every linear and embedding can be quantized"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        for function in facts.called:
+            for node in edit.walk(function.body):
+                if isinstance(node, cst.Call) and edit.code(node.func) in TAKES and not _passes(node):
+                    edits[node] = _with_argument
+        if not edits:
+            edits = _definitions(facts)
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _passes(node: cst.Call) -> bool:
+    return any(a.keyword is not None and a.keyword.value == NAME or edit.code(a.value) == NAME for a in node.args)
+
+
+def _with_argument(updated: cst.Call) -> cst.Call:
+    args = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in updated.args]
+    return updated.with_changes(args=[*args, cst.Arg(cst.Name(NAME), keyword=cst.Name(NAME), equal=_EQUAL)])
+
+
+def _definitions(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
+    """Add the parameter where a body reads it, and the argument where such a class is created."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for function in facts.called:
+        if NAME in edit.names_read(function.body) and NAME not in {p.name.value for p in edit.params_of(function)}:
+            edits[function] = _with_param
+            for record in facts.calls_of(function):
+                if isinstance(record.site, cst.Call) and not _passes(record.site):
+                    edits[record.site] = _with_argument
+            return edits
+    entry = facts.program.method(facts.entry, "__init__")
+    if entry is not None and NAME not in {p.name.value for p in edit.params_of(entry.node)}:
+        edits[entry.node] = _with_param
+    return edits
+
+
+def _with_param(updated: cst.FunctionDef) -> cst.FunctionDef:
+    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    params = [p.with_changes(comma=comma) for p in updated.params.params]
+    params.append(cst.Param(cst.Name(NAME), default=cst.Name("None"), equal=cst.AssignEqual()))
+    return updated.with_changes(params=updated.params.with_changes(params=params))

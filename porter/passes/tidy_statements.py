@@ -1,0 +1,94 @@
+"""Clean up what other passes leave: `x = x`, slices over all layers, values returned right after they are named."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze.facts import Facts
+
+from porter.analyze.values import Layer
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+
+class TidyStatements(Pass):
+    """A reader should not meet statements that do nothing."""
+
+    stage = Stage.STRIP
+    reason = "the statement does nothing any more"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        for function in facts.called:
+            edits.update(_returned(function))
+            for node in edit.walk(function.body):
+                if isinstance(node, cst.Assign) and _is_idle(node):
+                    edits[node] = edit.remove
+                elif isinstance(node, cst.Subscript) and _is_all_layers(facts, node):
+                    edits[node] = lambda updated: updated.value
+                elif isinstance(node, cst.For) and _is_bare_enumerate(node):
+                    edits[node.iter] = lambda updated: updated.args[0].value
+                    edits[node.target] = lambda updated: updated.elements[1].value
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _is_idle(node: cst.Assign) -> bool:
+    return len(node.targets) == 1 and edit.code(node.targets[0].target) == edit.code(node.value).strip("()")
+
+
+def _is_all_layers(facts: Facts, node: cst.Subscript) -> bool:
+    """`self.layers[: config.num_hidden_layers]`: the list has just as many."""
+    values, index = facts.values(node.value), node.slice[0].slice
+    plain = isinstance(index, cst.Slice) and index.lower is None and index.step is None
+    return plain and bool(values) and all(isinstance(v, Layer) and v.kind == "module_list" for v in values)
+
+
+def _is_bare_enumerate(node: cst.For) -> bool:
+    """`for i, layer in enumerate(layers)` whose number nobody reads."""
+    if not (isinstance(node.iter, cst.Call) and edit.code(node.iter.func) == "enumerate" and len(node.iter.args) == 1):
+        return False
+    target = node.target
+    if not isinstance(target, cst.Tuple) or not isinstance(target.elements[0].value, cst.Name):
+        return False
+    return target.elements[0].value.value not in edit.names_read(node.body)
+
+
+def _returned(function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
+    """`x = f(y)` followed by `return x`, and `outputs = f(y)` followed by `x = outputs`."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    lines = edit.lines(function)
+    for line, following in zip(lines, lines[1:], strict=False):
+        first, second = line.body[0], following.body[0]
+        if len(line.body) != 1 or len(following.body) != 1 or line in edits:
+            continue
+        if not isinstance(first, cst.Assign) or len(first.targets) != 1:
+            continue
+        name = first.targets[0].target
+        value = second.value if isinstance(second, cst.Return | cst.Assign) else None
+        if not isinstance(name, cst.Name) or not isinstance(value, cst.Name) or value.value != name.value:
+            continue
+        if _reads(function, name.value) != 1 or not _siblings(function, line, following):
+            continue
+        edits[line] = edit.remove
+        edits[following] = _merged(line, second, first.value)
+    return edits
+
+
+def _merged(line: cst.SimpleStatementLine, second: cst.CSTNode, value: cst.BaseExpression) -> edit.Edit:
+    return lambda updated: updated.with_changes(
+        leading_lines=line.leading_lines or updated.leading_lines,
+        body=[second.with_changes(value=value)])  # type: ignore[attr-defined]
+
+
+def _reads(function: cst.FunctionDef, name: str) -> int:
+    stores = {id(t) for n in edit.walk(function.body) if isinstance(n, cst.Assign) for t in edit.targets(n)}
+    return sum(isinstance(n, cst.Name) and n.value == name and id(n) not in stores for n in edit.walk(function.body))
+
+
+def _siblings(function: cst.FunctionDef, first: cst.CSTNode, second: cst.CSTNode) -> bool:
+    for node in edit.walk(function):
+        if isinstance(node, cst.IndentedBlock) and first in node.body:
+            return second in node.body
+    return False
+
+

@@ -1,0 +1,160 @@
+"""Write the signatures, docstrings and attributes of a port: plain types, no text about arguments that are gone."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze.facts import Facts
+from porter.analyze.values import Scalar, Tensor
+from porter.passes import edit
+from porter.passes.base import Pass, Stage
+
+TYPES = {"kv_caches": "list[torch.Tensor]", "attn_metadata": "AttentionMetadata", "config": "PretrainedConfig",
+         "linear_method": "LinearMethod | None", "positions": "torch.Tensor", "kv_cache": "torch.Tensor",
+         "input_ids": "torch.Tensor"}
+IMPORTS = {"AttentionMetadata": "porter.runtime.metadata", "PretrainedConfig": "transformers",
+           "LinearMethod": "porter.runtime.layers.linear"}
+PLAIN = frozenset({"int", "float", "bool", "str"})
+
+
+class WriteSignatures(Pass):
+    """A port's types are tensors, the config and the runtime's own; docstrings say what still holds."""
+
+    stage = Stage.FUSE
+    flat = True
+    reason = "signatures and docstrings say what the port takes"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits: dict[cst.CSTNode, edit.Edit] = {}
+        imports: dict[str, set[str]] = {}
+        for function in facts.called:
+            if function.name.value != "<lambda>" and not _is_nested(facts, function):
+                edits[function] = _signature(facts, function, imports)
+        for info in facts.program.classes.values():
+            edits[info.node] = _class_docstring
+        tree = edit.rewrite(facts.program.tree, edits)
+        tree = _config_attributes(facts, tree)
+        tree = _activations(tree, imports)
+        return edit.add_imports(tree, imports)
+
+
+def _is_nested(facts: Facts, function: cst.FunctionDef) -> bool:
+    return not any(function in (m.node for m in c.methods.values()) for c in facts.program.classes.values()) and \
+        function not in (f.node for f in facts.program.functions.values())
+
+
+def _signature(facts: Facts, function: cst.FunctionDef, imports: dict[str, set[str]]) -> edit.Edit:
+    records = facts.calls_of(function)
+    returns = "torch.Tensor" if records and all(isinstance(r.result, Tensor) for r in records) else ""
+    types = {p.name.value: _type(function, p, [r.bound.get(p.name.value) for r in records], imports)
+             for p in edit.params_of(function) if p.name.value not in ("self", "cls", "ctx")}
+
+    def change(updated: cst.FunctionDef) -> cst.FunctionDef:
+        params = [_typed(p, types.get(p.name.value, ""), updated.name.value) for p in updated.params.params]
+        if params:
+            params[-1] = params[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+        annotation = cst.Annotation(edit.parse(returns)) if returns else None
+        body = updated.body if isinstance(updated.body, cst.SimpleStatementSuite) else _without_docstring(updated.body)
+        return updated.with_changes(params=updated.params.with_changes(params=params), returns=annotation, body=body,
+                                    whitespace_before_params=cst.SimpleWhitespace(""))
+    return change
+
+
+def _type(function: cst.FunctionDef, param: cst.Param, bound: list[object], imports: dict[str, set[str]]) -> str:
+    name = param.name.value
+    if name in TYPES:
+        for imported, module in IMPORTS.items():
+            if imported in TYPES[name]:
+                imports.setdefault(module, set()).add(imported)
+        return TYPES[name]
+    if bound and all(isinstance(v, Tensor) for v in bound):
+        return "torch.Tensor"
+    if bound and all(isinstance(v, Scalar) and v.op == "index" for v in bound):
+        return "int"
+    written = edit.code(param.annotation.annotation) if param.annotation is not None else ""
+    return written if written in PLAIN else ""
+
+
+def _typed(param: cst.Param, kind: str, function: str) -> cst.Param:
+    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    changes: dict[str, object] = {"annotation": cst.Annotation(edit.parse(kind)) if kind else None, "comma": comma,
+                                  "whitespace_after_param": cst.SimpleWhitespace("")}
+    if function == "forward" and param.name.value != "self":
+        changes |= {"default": None, "equal": cst.MaybeSentinel.DEFAULT}
+    if param.default is not None and function != "forward":
+        changes["equal"] = cst.AssignEqual()
+    return param.with_changes(**changes)
+
+
+def _without_docstring(body: cst.BaseSuite) -> cst.BaseSuite:
+    first = body.body[0]
+    if len(body.body) > 1 and _docstring(first) is not None:
+        return body.with_changes(body=body.body[1:])
+    return body
+
+
+def _docstring(statement: cst.CSTNode) -> str | None:
+    if isinstance(statement, cst.SimpleStatementLine) and isinstance(statement.body[0], cst.Expr):
+        value = statement.body[0].value
+        if isinstance(value, cst.SimpleString):
+            return str(value.evaluated_value)
+    return None
+
+
+def _class_docstring(updated: cst.ClassDef) -> cst.ClassDef:
+    """Keep the first paragraph of a class docstring; the rest describes arguments and outputs that are gone."""
+    first = updated.body.body[0]
+    text = _docstring(first)
+    if text is None:
+        return updated
+    lead = " ".join(text.strip().split("\n\n")[0].split()).replace("[`", "`").replace("`]", "`")
+    if "Args:" in lead or not lead:
+        return updated.with_changes(body=updated.body.with_changes(body=updated.body.body[1:] or [
+            cst.SimpleStatementLine([cst.Pass()])]))
+    kept = edit.statement(f'"""{lead}"""')
+    return updated.with_changes(body=updated.body.with_changes(body=[kept, *updated.body.body[1:]]))
+
+
+class _Config(cst.CSTTransformer):
+    """Set `self.config` where a class reads it outside of __init__."""
+
+    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
+        text = edit.code(updated_node)
+        if "self.config" not in text or "self.config = " in text:
+            return updated_node
+        body = [self._init(s) if isinstance(s, cst.FunctionDef) and s.name.value == "__init__" else s
+                for s in updated_node.body.body]
+        return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
+
+    def _init(self, node: cst.FunctionDef) -> cst.FunctionDef:
+        lines = list(node.body.body)
+        place = next((i + 1 for i, s in enumerate(lines) if "super().__init__" in edit.code(s)), 0)
+        lines.insert(place, edit.statement("self.config = config"))
+        return node.with_changes(body=node.body.with_changes(body=lines))
+
+
+def _config_attributes(facts: Facts, tree: cst.Module) -> cst.Module:
+    result = tree.visit(_Config())
+    assert isinstance(result, cst.Module)
+    return result
+
+
+class _Activations(cst.CSTTransformer):
+    """`ACT2FN[name]` is `get_act_fn(name)`."""
+
+    found = False
+
+    def leave_Subscript(self, original_node: cst.Subscript, updated_node: cst.Subscript) -> cst.BaseExpression:
+        if edit.code(updated_node.value) != "ACT2FN":
+            return updated_node
+        self.found = True
+        return edit.parse(f"get_act_fn({edit.code(updated_node.slice[0].slice)})")
+
+
+def _activations(tree: cst.Module, imports: dict[str, set[str]]) -> cst.Module:
+    change = _Activations()
+    result = tree.visit(change)
+    assert isinstance(result, cst.Module)
+    if change.found:
+        imports.setdefault("porter.runtime.layers.activation", set()).add("get_act_fn")
+    return result
