@@ -36,10 +36,9 @@ def rotary_tables(cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = Fals
     half = cos.shape[-1] // 2
     if interleaved:
         cos, sin = (x[:, :half].repeat_interleave(2, dim=-1) for x in (cos, sin))
-        sign = torch.tensor([-1.0, 1.0]).repeat(half)
-    else:
-        sign = torch.tensor([-1.0, 1.0]).repeat_interleave(half)
-    return cos[:, None], (sin * sign.to(sin))[:, None]
+    sign = torch.ones(2 * half, dtype=sin.dtype, device=sin.device)
+    sign[slice(0, None, 2) if interleaved else slice(0, half)] = -1
+    return cos[:, None], (sin * sign)[:, None]
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -1,5 +1,6 @@
 """The small kernels: their CPU path and their Triton kernel against the reference, on every case."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,19 @@ from porter.kernels import store_kv_cache as store_module
 from porter.kernels.backend import HAS_TRITON
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention_reference
 
-DTYPES = [torch.float32, torch.float16]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
+# the interpreter truncates where it should round to bfloat16
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 paths = pytest.mark.parametrize("path", ["cpu", pytest.param("kernel", marks=needs_triton)])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu_where_there_is_one() -> Iterator[None]:
+    """Kernels are compiled where a GPU is, and interpreted elsewhere."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from porter.kernels import paged_attention as module
-from porter.kernels.backend import HAS_TRITON
+from porter.kernels.backend import HAS_TRITON, INTERPRETED
 from porter.kernels.paged_attention import (
     CASES,
     AttentionTraits,
@@ -72,7 +72,7 @@ def test_the_cpu_path_equals_the_reference(case: dict[str, Any], dtype: torch.dt
 # the interpreter truncates where it should round to bfloat16
 @pytest.mark.parametrize("case", [c for c in CASES if c["traits"] != "alibi_bfloat16"], ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs triton and its interpreter")
 def test_the_kernel_equals_the_reference(case: dict[str, Any], dtype: torch.dtype) -> None:
     compare(module._launch, case, dtype)
 
