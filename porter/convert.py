@@ -81,6 +81,7 @@ class _Work:
         self.tree = _parse(source.text, source.name)
         self.config = _parse(source.config_text, "its configuration") if source.config_text else None
         self.original = Program.read(self.tree, self.config)
+        self.code = self.tree.code
         self.passes = discover()
         self.notes: dict[str, Any] = {}
         self.edits: list[Edit] = []
@@ -120,13 +121,13 @@ class _Work:
         raise ConversionError(f"{self.source.name}: the rewriting does not come to an end", "report this file")
 
     def _apply(self, each: Pass) -> bool:
-        before = self.tree.code
         result = each.apply(self.facts())
-        if result is self.tree or result.code == before:
+        if result is self.tree or (after := result.code) == self.code:
             return False
-        self.tree = _parse(result.code, f"the file after {each.name}")
+        before, self.code = self.code, after
+        self.tree = _parse(after, f"the file after {each.name}")
         self._facts = None
-        self._record(each, before.splitlines(), self.tree.code.splitlines())
+        self._record(each, before.splitlines(), after.splitlines())
         return True
 
     def _record(self, each: Pass, before: list[str], after: list[str]) -> None:

@@ -108,7 +108,7 @@ class Interp:
 
     def run(self, entry: ClassInfo) -> World:
         config = Config(op="config")
-        model = self.instantiate(entry, [config], {}, None)
+        model = self.instantiate(entry, [config], self._quantization(entry), None)
         self.world.entry = model if isinstance(model, Instance) else None
         forward = self.program.method(entry, "forward")
         if forward is None:
@@ -123,6 +123,12 @@ class Interp:
                 self.world.result = self.call(Function(info=method, bound=model), [self.world.result], {}, None)
         self.world.decisions = tuple(self.trail)
         return self.world
+
+    def _quantization(self, entry: ClassInfo) -> dict[str, Value]:
+        """A port's entry also takes the engine's linear_method."""
+        init = self.program.method(entry, "__init__")
+        names = {p.name.value for p in init.node.params.params} if init is not None else set()
+        return {"linear_method": Value(op="linear_method")} if "linear_method" in names else {}
 
     def _entry_arguments(self, forward: FunctionInfo) -> dict[str, Value]:
         bound: dict[str, Value] = {}

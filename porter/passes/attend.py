@@ -344,8 +344,9 @@ class _Rewrite:
     def _scaling(self, found: Found) -> str:
         if found.core.default_scale:
             return f"{self._size(found, found.core.head_dim)}**-0.5"
-        above = [self._value(found, v) for op, v in found.core.scale if op == "mul" and not _is_one(v)]
-        below = [self._value(found, v) for op, v in found.core.scale if op == "div" and not _is_one(v)]
+        held = [id(v) for v in found.owner.attrs.values()]
+        factors = [(op, self._value(found, v)) for op, v in found.core.scale if not _is_one(v) or id(v) in held]
+        above, below = ([text for op, text in factors if op == wanted] for wanted in ("mul", "div"))
         text = " * ".join(above) or "1.0"
         for divisor in below:
             text = f"{text} / {divisor}" if divisor.isidentifier() or divisor.endswith(")") else f"{text} / ({divisor})"

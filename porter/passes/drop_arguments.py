@@ -8,6 +8,7 @@ from porter.analyze.facts import CallRecord, Facts
 from porter.analyze.values import Scalar, Value
 from porter.passes import edit
 from porter.passes.base import Pass, Stage
+from porter.passes.drop_dead_code import live_at_entry
 
 # The engine passes these to the entry and builds it with these, whether or not it reads them.
 ENTRY_ARGUMENTS = ("self", "input_ids", "positions", "position_ids", "kv_caches", "attn_metadata", "config",
@@ -42,7 +43,7 @@ def _all_params(function: cst.FunctionDef) -> list[cst.Param]:
 
 def _unused(facts: Facts, function: cst.FunctionDef) -> set[str]:
     """Parameters, `*args` and `**kwargs` included, that the body never reads."""
-    read = edit.names_read(function.body)
+    read = live_at_entry(facts, function)
     params = _all_params(function)
     keep: set[str] = {"self", "cls", "ctx"}
     is_entry = any(r.site is None for r in facts.calls_of(function))

@@ -24,53 +24,40 @@ class DropDeadCode(Pass):
         edits: dict[cst.CSTNode, edit.Edit] = {}
         reads = _attribute_reads(facts)
         for function in facts.called:
-            edits.update(_Liveness(facts, function, reads).edits)
+            owner = next((c.function.owner for w in facts.worlds for c in w.calls if c.function.node is function), None)
+            edits.update(_Liveness(facts, function, reads[owner.name] if owner is not None else set()).edits)
         return edit.rewrite(facts.program.tree, edits)
 
 
-def _attribute_reads(facts: Facts) -> set[str]:
-    """Attribute names read anywhere in reached code, other than by an assignment to themselves."""
-    found: set[str] = set()
-    for function in facts.called:
-        for node in edit.walk(function.body):
-            if isinstance(node, cst.Attribute) and not _is_target(node, function):
-                if not edit.code(node.value).endswith(("config", "nn.functional", "torch", "F")):
-                    found.add(node.attr.value)
-    for name in ("offset", "padding_idx"):
-        if any(name in edit.code(f) for f in facts.called):
-            found.add(name)
+def _attribute_reads(facts: Facts) -> dict[str, set[str]]:
+    """For every class, the attributes that anything reads of its instances or of those of a subclass."""
+    found: dict[str, set[str]] = {name: set() for name in facts.program.classes}
+    for world in facts.worlds:
+        for name, attribute in world.attribute_reads:
+            for info in facts.program.mro(facts.program.classes[name]):
+                found[info.name].add(attribute)
     return found
 
 
-def _is_target(node: cst.Attribute, function: cst.FunctionDef) -> bool:
-    return id(node) in _targets_of(function)
-
-
-_TARGETS: dict[int, tuple[cst.FunctionDef, frozenset[int]]] = {}
-
-
-def _targets_of(function: cst.FunctionDef) -> frozenset[int]:
-    known = _TARGETS.get(id(function))
-    if known is None or known[0] is not function:
-        found = frozenset(id(t) for n in edit.walk(function.body) if isinstance(n, cst.Assign | cst.AnnAssign)
-                          for t in edit.targets(n))
-        known = _TARGETS[id(function)] = (function, found)
-        if len(_TARGETS) > 4000:
-            _TARGETS.clear()
-    return known[1]
+def live_at_entry(facts: Facts, function: cst.FunctionDef) -> set[str]:
+    """Names that a function reads before it binds them."""
+    return _Liveness(facts, function, None).live
 
 
 class _Liveness:
     """Backward liveness over one function; loops are taken twice, branches joined."""
 
-    def __init__(self, facts: Facts, function: cst.FunctionDef, reads: set[str]) -> None:
+    def __init__(self, facts: Facts, function: cst.FunctionDef, reads: set[str] | None) -> None:
         self.facts = facts
         self.reads = reads
         self.edits: dict[cst.CSTNode, edit.Edit] = {}
         self.keep: set[cst.CSTNode] = set()
         self.is_init = function.name.value == "__init__"
-        self._block(function.body, set(), is_function=True)
+        self.live = self._block(function.body, set(), is_function=True)
         self.edits = {n: e for n, e in self.edits.items() if n not in self.keep}
+
+    def _is_read(self, attribute: str) -> bool:
+        return self.reads is None or attribute in self.reads
 
     def _block(self, body: cst.BaseSuite, live: set[str], is_function: bool = False) -> set[str]:
         statements = list(body.body)
@@ -138,7 +125,7 @@ class _Liveness:
         if isinstance(target, cst.Name):
             return target.value in live
         if isinstance(target, cst.Attribute) and edit.code(target.value) == "self":
-            return target.attr.value in self.reads or self._in_parameters(target)
+            return self._is_read(target.attr.value) or self._in_parameters(target)
         if isinstance(target, cst.Subscript):
             return bool(edit.names_read(target.value) & (live | {"self"}))
         return True
@@ -180,7 +167,7 @@ class _Liveness:
         if isinstance(value.func, cst.Attribute):
             name, receiver = value.func.attr.value, edit.names_read(value.func.value)
             if name == "register_buffer" and value.args:
-                return edit.code(value.args[0].value).strip("\"'") in self.reads
+                return self._is_read(edit.code(value.args[0].value).strip("\"'"))
             if name.endswith("_") and not name.startswith("_"):
                 return bool(receiver & live) or "self" in receiver and self._attribute_live(value.func.value)
             if name in ("append", "extend", "insert", "update"):
@@ -188,7 +175,7 @@ class _Liveness:
         return self._sets_attributes(value)
 
     def _attribute_live(self, node: cst.BaseExpression) -> bool:
-        return isinstance(node, cst.Attribute) and node.attr.value in self.reads
+        return isinstance(node, cst.Attribute) and self._is_read(node.attr.value)
 
     def _sets_attributes(self, call: cst.Call) -> bool:
         """A call of a method of the file that assigns attributes, such as a table builder."""
@@ -196,10 +183,10 @@ class _Liveness:
             for node in edit.walk(record.function.node.body):
                 if isinstance(node, cst.Assign):
                     for target in edit.targets(node):
-                        if isinstance(target, cst.Attribute) and target.attr.value in self.reads:
+                        if isinstance(target, cst.Attribute) and self._is_read(target.attr.value):
                             return True
                 if isinstance(node, cst.Call) and edit.code(node.func) == "self.register_buffer" and node.args:
-                    if edit.code(node.args[0].value).strip("\"'") in self.reads:
+                    if self._is_read(edit.code(node.args[0].value).strip("\"'")):
                         return True
         return False
 

@@ -10,60 +10,92 @@ import libcst as cst
 Edit = Callable[[Any], Any]
 
 
-class _Rewriter(cst.CSTTransformer):
-    def __init__(self, edits: Mapping[cst.CSTNode, Edit]) -> None:
-        super().__init__()
-        self.edits = edits
+_LOOKS = ("whitespace", "lpar", "rpar", "comma", "equal", "semicolon", "lines", "header", "footer", "newline", "indent",
+          "colon", "dot", "lbracket", "rbracket", "lbrace", "rbrace", "comment", "encoding", "prefix", "start", "end")
+_FIELDS: dict[type, tuple[str, ...]] = {}
 
-    def on_leave(self, original_node: Any, updated_node: Any) -> Any:
-        edit = self.edits.get(original_node)
-        return edit(updated_node) if edit is not None else updated_node
+
+def _fields(node: cst.CSTNode) -> tuple[str, ...]:
+    """The fields of a node that hold code, not its look."""
+    kind = type(node)
+    if kind not in _FIELDS:
+        _FIELDS[kind] = tuple(n for n in kind.__dataclass_fields__ if n != "value_type" and not any(
+            n == look or n.endswith(f"_{look}") or "whitespace" in n for look in _LOOKS))
+    return _FIELDS[kind]
+
+
+def children(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    """The nodes right below a node, in source order, without whitespace and punctuation."""
+    for name in _fields(node):
+        value = getattr(node, name)
+        if isinstance(value, cst.CSTNode):
+            yield value
+        elif isinstance(value, list | tuple):
+            for item in value:
+                if isinstance(item, cst.CSTNode):
+                    yield item
 
 
 def rewrite(tree: cst.Module, edits: Mapping[cst.CSTNode, Edit]) -> cst.Module:
     """Apply each edit to its node; an edit gets the node with its children already rewritten."""
     if not edits:
         return tree
-    result = tree.visit(_Rewriter(edits))
-    assert isinstance(result, cst.Module)
-    return tidy(result)
-
-
-class _Tidy(cst.CSTTransformer):
-    """Repair what edits leave: empty blocks, empty ifs, bare `pass`."""
-
-    def leave_SimpleStatementLine(self, original_node: cst.SimpleStatementLine,
-                                  updated_node: cst.SimpleStatementLine) -> Any:
-        return updated_node if updated_node.body else cst.RemoveFromParent()
-
-    def leave_IndentedBlock(self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock) -> Any:
-        if updated_node.body:
-            return updated_node
-        return updated_node.with_changes(body=[cst.SimpleStatementLine([cst.Pass()])])
-
-    def leave_If(self, original_node: cst.If, updated_node: cst.If) -> Any:
-        orelse = updated_node.orelse
-        if isinstance(orelse, cst.Else) and only_pass(orelse.body):
-            updated_node = updated_node.with_changes(orelse=None)
-        if only_pass(updated_node.body):
-            if updated_node.orelse is None:
-                return cst.RemoveFromParent()
-            if isinstance(updated_node.orelse, cst.Else):
-                return updated_node.with_changes(
-                    test=negate(updated_node.test), body=updated_node.orelse.body, orelse=None)
-        return updated_node
-
-    def leave_For(self, original_node: cst.For, updated_node: cst.For) -> Any:
-        return cst.RemoveFromParent() if only_pass(updated_node.body) else updated_node
-
-    def leave_With(self, original_node: cst.With, updated_node: cst.With) -> Any:
-        return cst.RemoveFromParent() if only_pass(updated_node.body) else updated_node
-
-
-def tidy(tree: cst.Module) -> cst.Module:
-    result = tree.visit(_Tidy())
+    touched: set[cst.CSTNode] = set()
+    for node in edits:
+        current: cst.CSTNode | None = node
+        while current is not None and current not in touched:
+            touched.add(current)
+            current = parent(tree, current)
+    result = _rewritten(tree, edits, touched)
     assert isinstance(result, cst.Module)
     return result
+
+
+def _rewritten(node: cst.CSTNode, edits: Mapping[cst.CSTNode, Edit], touched: set[cst.CSTNode]) -> Any:
+    if node not in touched:
+        return node
+    changes: dict[str, Any] = {}
+    for name in _fields(node):
+        value = getattr(node, name)
+        if isinstance(value, cst.CSTNode) and value in touched:
+            new = _rewritten(value, edits, touched)
+            changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
+        elif isinstance(value, list | tuple) and any(v in touched for v in value if isinstance(v, cst.CSTNode)):
+            changes[name] = [x for v in value for x in _many(_rewritten(v, edits, touched))]
+    updated = _tidied(node.with_changes(**changes) if changes else node)
+    edit = edits.get(node)
+    return edit(updated) if edit is not None and isinstance(updated, cst.CSTNode) else updated
+
+
+def _many(value: Any) -> list[Any]:
+    if isinstance(value, cst.RemovalSentinel):
+        return []
+    return [x for v in value for x in _many(v)] if isinstance(value, cst.FlattenSentinel) else [value]
+
+
+def _tidied(node: Any) -> Any:
+    """Repair what edits leave: empty lines of code, empty blocks, ifs and loops without a body."""
+    if isinstance(node, cst.SimpleStatementLine):
+        return node if node.body else cst.RemoveFromParent()
+    if isinstance(node, cst.IndentedBlock):
+        return node if node.body else node.with_changes(body=[cst.SimpleStatementLine([cst.Pass()])])
+    if isinstance(node, cst.If):
+        return _tidied_if(node)
+    if isinstance(node, cst.For | cst.With) and only_pass(node.body):
+        return cst.RemoveFromParent()
+    return node
+
+
+def _tidied_if(node: cst.If) -> Any:
+    if isinstance(node.orelse, cst.Else) and only_pass(node.orelse.body):
+        node = node.with_changes(orelse=None)
+    if not only_pass(node.body):
+        return node
+    if node.orelse is None:
+        return cst.RemoveFromParent()
+    if isinstance(node.orelse, cst.Else):
+        return node.with_changes(test=negate(node.test), body=node.orelse.body, orelse=None)
+    return node
 
 
 def only_pass(body: cst.BaseSuite) -> bool:
@@ -120,7 +152,7 @@ def code(node: cst.CSTNode) -> str:
 def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
     """A node and all below it, in source order."""
     yield node
-    for child in node.children:
+    for child in children(node):
         yield from walk(child)
 
 
@@ -147,14 +179,14 @@ def _collect(node: cst.CSTNode, found: set[str]) -> None:
             _collect(node.value, found)
         _collect_target(node.target, found)
     else:
-        for child in node.children:
+        for child in children(node):
             _collect(child, found)
 
 
 def _collect_target(target: cst.CSTNode, found: set[str]) -> None:
     """A target reads what it is an attribute or item of."""
     if isinstance(target, cst.Attribute | cst.Subscript):
-        for child in target.children:
+        for child in children(target):
             _collect(child, found)
     elif isinstance(target, cst.Tuple | cst.List):
         for element in target.elements:
@@ -211,7 +243,7 @@ _PARENTS: dict[int, tuple[cst.Module, dict[cst.CSTNode, cst.CSTNode]]] = {}
 def parent(tree: cst.Module, node: cst.CSTNode) -> cst.CSTNode | None:
     if id(tree) not in _PARENTS:
         _PARENTS.clear()
-        _PARENTS[id(tree)] = (tree, {child: above for above in walk(tree) for child in above.children})
+        _PARENTS[id(tree)] = (tree, {child: above for above in walk(tree) for child in children(above)})
     return _PARENTS[id(tree)][1].get(node)
 
 
@@ -256,3 +288,15 @@ def choose(cases: Sequence[tuple[Mapping[str, bool], str]]) -> str:
     yes_text, no_text = (choose([c for c in cases if c[0][key] is want]) for want in (True, False))
     yes_text = f"({yes_text})" if " if " in yes_text else yes_text
     return f"{yes_text} if {key} else {no_text}"
+
+
+def count_reads(node: cst.CSTNode, name: str) -> int:
+    """How often a node reads a name; attributes, keywords and plain targets of that name don't count."""
+    if isinstance(node, cst.Name):
+        return int(node.value == name)
+    if isinstance(node, cst.Attribute | cst.Arg):
+        return count_reads(node.value, name)
+    if isinstance(node, cst.AssignTarget):
+        bare = [t for t in leaves(node.target) if not isinstance(t, cst.Name)]
+        return sum(count_reads(t, name) for t in bare)
+    return sum(count_reads(child, name) for child in children(node))

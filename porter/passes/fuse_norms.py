@@ -62,7 +62,7 @@ def _of_record(facts: Facts, record: CallRecord, init: cst.FunctionDef) -> Norm 
     source = next((v for k, v in record.bound.items() if k != "self" and isinstance(v, Tensor)), None)
     if len(weights) != 1 or source is None or not isinstance(result, Tensor):
         return None
-    eps = [v for v in _inside(result, source) if isinstance(v, Scalar) and not v.known and v.op != "dtype"]
+    eps = [v for v in _inside(result, source, weights[0]) if isinstance(v, Scalar) and not v.known and v.op != "dtype"]
     form = _form(result, source, weights[0], eps)
     bound = next((c.bound for w in facts.worlds for c in w.calls if c.function.node is init
                   and c.bound.get("self") is instance), None)
@@ -73,16 +73,16 @@ def _of_record(facts: Facts, record: CallRecord, init: cst.FunctionDef) -> Norm 
     return Norm(width, epsilon, form == "offset") if width else None
 
 
-def _inside(result: Value, source: Tensor) -> list[Value]:
+def _inside(result: Value, *ends: Tensor) -> list[Value]:
     """What the class computes: everything between its input and its result."""
-    seen: dict[int, Value] = {id(source): source}
+    seen: dict[int, Value] = {id(e): e for e in ends}
     todo: list[Value] = [result]
     while todo:
         value = todo.pop()
         if id(value) not in seen:
             seen[id(value)] = value
             todo.extend(value.args)
-    return list(seen.values())[1:]
+    return list(seen.values())[len(ends) :]
 
 
 def _parameter_of(bound: dict[str, object], size: Poly) -> str:
@@ -99,7 +99,7 @@ def _form(result: Tensor, source: Tensor, weight: Tensor, eps: list[Scalar]) -> 
         found = np.asarray(e(result))
     except Unevaluable:
         return None
-    values = [EPS] if eps else [v.const for v in _inside(result, source) if isinstance(v, Scalar) and isinstance(v.const, float)]
+    values = [EPS] if eps else [v.const for v in _inside(result, source, weight) if isinstance(v, Scalar) and isinstance(v.const, float)]
     for epsilon in values:
         normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
         if found.shape == x.shape and np.allclose(found, normed * w, atol=1e-9) and _rounds_before_weight(result):

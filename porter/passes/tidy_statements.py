@@ -67,7 +67,7 @@ def _returned(function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
         value = second.value if isinstance(second, cst.Return | cst.Assign) else None
         if not isinstance(name, cst.Name) or not isinstance(value, cst.Name) or value.value != name.value:
             continue
-        if _reads(function, name.value) != 1 or not _siblings(function, line, following):
+        if edit.count_reads(function.body, name.value) != 1 or not _siblings(function, line, following):
             continue
         edits[line] = edit.remove
         edits[following] = _merged(line, second, first.value)
@@ -78,11 +78,6 @@ def _merged(line: cst.SimpleStatementLine, second: cst.CSTNode, value: cst.BaseE
     return lambda updated: updated.with_changes(
         leading_lines=line.leading_lines or updated.leading_lines,
         body=[second.with_changes(value=value)])  # type: ignore[attr-defined]
-
-
-def _reads(function: cst.FunctionDef, name: str) -> int:
-    stores = {id(t) for n in edit.walk(function.body) if isinstance(n, cst.Assign) for t in edit.targets(n)}
-    return sum(isinstance(n, cst.Name) and n.value == name and id(n) not in stores for n in edit.walk(function.body))
 
 
 def _siblings(function: cst.FunctionDef, first: cst.CSTNode, second: cst.CSTNode) -> bool:

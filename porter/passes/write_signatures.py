@@ -87,10 +87,12 @@ def _typed(param: cst.Param, kind: str, function: str) -> cst.Param:
 
 
 def _without_docstring(body: cst.BaseSuite) -> cst.BaseSuite:
-    first = body.body[0]
-    if len(body.body) > 1 and _docstring(first) is not None:
-        return body.with_changes(body=body.body[1:])
-    return body
+    statements = list(body.body)
+    if len(statements) > 1 and _docstring(statements[0]) is not None:
+        statements.pop(0)
+    comments = [x for x in statements[0].leading_lines if x.comment is not None]
+    statements[0] = statements[0].with_changes(leading_lines=comments)
+    return body.with_changes(body=statements)
 
 
 def _docstring(statement: cst.CSTNode) -> str | None:
