@@ -104,7 +104,7 @@ def test_offsets_beyond_32_bits_are_reached() -> None:
     blocks, block_size, dim = 2**31 // 1024 + 2, 16, 64
     try:
         # reserved, but only the last block is ever touched
-        cache = torch.empty(2, blocks, block_size, 1, dim, dtype=torch.float16)
+        cache = torch.empty(2, blocks, block_size, 1, dim, dtype=torch.float16, device=torch.get_default_device())
     except RuntimeError:
         pytest.skip("8 GiB of address space can't be reserved")
     key, value = torch.randn(2, 3, 1, dim).half()
