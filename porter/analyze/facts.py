@@ -71,7 +71,10 @@ class Facts:
 
     @property
     def called(self) -> set[cst.FunctionDef]:
-        return {c.function.node for world in self.worlds for c in world.calls}
+        """Functions of the file that ran on some path (properties of the config class are not of the file)."""
+        config = self.program.config_class
+        return {c.function.node for world in self.worlds for c in world.calls
+                if config is None or c.function.owner is not config}
 
     def line(self, node: cst.CSTNode) -> int:
         return line_of(self.program.tree, node)

@@ -8,7 +8,7 @@ import libcst as cst
 
 from porter.analyze.facts import Facts
 from porter.analyze.interp import always_raises
-from porter.analyze.values import Scalar
+from porter.analyze.values import ClassRef, Scalar
 from porter.passes import edit
 from porter.passes.base import Pass, Stage
 
@@ -43,7 +43,18 @@ def _fold(facts: Facts, node: cst.CSTNode, function: cst.FunctionDef) -> dict[cs
         return {node: lambda updated: cst.FlattenSentinel(updated.body.body)}
     if isinstance(node, cst.Assert):
         return {node: edit.remove}
+    if isinstance(node, cst.Subscript):
+        return _fold_dispatch(facts, node)
     return {}
+
+
+def _fold_dispatch(facts: Facts, node: cst.Subscript) -> dict[cst.CSTNode, edit.Edit]:
+    """`ATTENTION_CLASSES[config._attn_implementation]` is one class of the file."""
+    values = facts.values(node)
+    names = {v.info.name for v in values if isinstance(v, ClassRef) and v.info is not None}
+    if len(names) != 1 or not all(isinstance(v, ClassRef) for v in values):
+        return {}
+    return {node: edit.replace(names.pop())}
 
 
 def _is_context(node: cst.With) -> bool:
