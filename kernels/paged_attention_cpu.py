@@ -11,12 +11,17 @@ import torch.nn.functional as F
 
 @dataclass
 class Group:
-    """Sequences with one query length, attended to together."""
+    """Sequences with one query length, attended to together.
+
+    Whole blocks are read, so the cache must hold finite numbers where nothing was stored: a masked NaN is still NaN.
+    """
 
     rows: torch.Tensor | slice  # of the step's tokens, sequence after sequence
     query_len: int
-    slots: torch.Tensor  # int64 [num_seqs, num_keys]; cache slots of the visible keys, the first one as padding
-    adjacent: bool  # one sequence whose slots follow each other: no copy is needed
+    blocks: torch.Tensor  # int64 [num_seqs, num_blocks]; those that hold visible keys, the last one again as padding
+    adjacent: bool  # one sequence whose blocks follow each other: no copy is needed
+    offset: int  # of the first key in its block; 0 for several sequences
+    num_keys: int  # of each sequence, masked ones included
     starts: torch.Tensor  # int64 [num_seqs]; the position of each sequence's first key
     mask: torch.Tensor | None  # float32 [num_seqs, 1, query_len, num_keys]: 0 or -inf; None: see `causal`
     causal: bool  # every key is also a query, so a plain causal triangle does
@@ -34,33 +39,23 @@ class Group:
 
     def gather(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[num_seqs, kv_heads, num_keys, head_dim]`."""
+        num_seqs, num_blocks = self.blocks.shape
         if self.adjacent:
-            first = int(self.slots[0, 0])
-            found = kv_cache.flatten(1, 2)[:, None, first : first + self.slots.shape[1]].transpose(2, 3)
+            first = int(self.blocks[0, 0])
+            found = kv_cache[:, first : first + num_blocks]
         else:
             found = self._copy(kv_cache)
-        return found[0], found[1]
+        found = found.view(2, num_seqs, -1, *kv_cache.shape[3:])[:, :, self.offset : self.offset + self.num_keys]
+        return found[0].transpose(1, 2), found[1].transpose(1, 2)
 
     def _copy(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        kv_heads, head_dim = kv_cache.shape[3:]
-        if (
-            self._space is None
-            or self._space.dtype != kv_cache.dtype
-            or self._space.shape[2::2] != (kv_heads, head_dim)
-        ):
-            num_seqs, num_keys = self.slots.shape
-            self._index = self._rows_of(kv_cache)
+        source = kv_cache.view(2 * kv_cache.shape[1], -1)
+        if self._index is None:
+            self._index = torch.cat((self.blocks.flatten(), self.blocks.flatten() + kv_cache.shape[1]))
+        if self._space is None or self._space.dtype != source.dtype or self._space.shape[1] != source.shape[1]:
             # kept for the step's other layers, whose copies then stay in the processor's cache
-            self._space = torch.empty(2, num_seqs, kv_heads, num_keys, head_dim, dtype=kv_cache.dtype)
-        assert self._index is not None
-        torch.index_select(kv_cache.view(-1, head_dim), 0, self._index, out=self._space.view(-1, head_dim))
-        return self._space
-
-    def _rows_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """The rows of the cache, seen as `[2 * slots * kv_heads, head_dim]`, in the order of _space."""
-        side, kv_heads = kv_cache.shape[1] * kv_cache.shape[2], kv_cache.shape[3]
-        sides = torch.tensor([0, side])[:, None, None, None]
-        return ((sides + self.slots[:, None]) * kv_heads + torch.arange(kv_heads)[:, None]).flatten()
+            self._space = torch.empty(self._index.shape[0], source.shape[1], dtype=source.dtype)
+        return torch.index_select(source, 0, self._index, out=self._space)
 
 
 @dataclass
@@ -73,7 +68,7 @@ class CpuPlan:
     @cached_property
     def key_positions(self) -> list[torch.Tensor]:
         """Per group, int64 `[num_seqs, num_keys]`."""
-        return [group.starts[:, None] + torch.arange(group.slots.shape[1]) for group in self.groups]
+        return [group.starts[:, None] + torch.arange(group.num_keys) for group in self.groups]
 
     @classmethod
     def make(
@@ -127,22 +122,27 @@ class _Builder:
         ]
 
     def group(self, members: list[int]) -> Group:
-        longest = max(self.num_keys[i] for i in members)
-        query_len = self.bounds[members[0] + 1] - self.bounds[members[0]]
         contexts = torch.tensor([self.context_lens[i] for i in members])
         starts = contexts - torch.tensor([self.num_keys[i] for i in members])
-        slots = self._slots(members, starts, contexts, longest)
-        adjacent = len(members) == 1 and bool((slots[0] == slots[0, 0] + torch.arange(longest)).all())
-        causal = query_len > 1 and query_len == longest and not (self.window and self.window < longest)
-        mask = None if causal else self._mask(contexts, starts, query_len, longest)
-        return Group(self._rows(members, query_len), query_len, slots, adjacent, starts, mask, causal)
+        offset = 0
+        if len(members) == 1:
+            offset = int(starts[0]) % self.block_size
+        else:
+            starts = starts // self.block_size * self.block_size
+        num_keys = int((contexts - starts).max())
+        query_len = self.bounds[members[0] + 1] - self.bounds[members[0]]
+        blocks = self._blocks(members, starts, contexts, offset + num_keys)
+        adjacent = len(members) == 1 and bool((blocks[0] == blocks[0, 0] + torch.arange(blocks.shape[1])).all())
+        causal = query_len > 1 and query_len == num_keys and not (self.window and self.window < num_keys)
+        mask = None if causal else self._mask(contexts, starts, query_len, num_keys)
+        rows = self._rows(members, query_len)
+        return Group(rows, query_len, blocks, adjacent, offset, num_keys, starts, mask, causal)
 
-    def _slots(self, members: list[int], starts: torch.Tensor, contexts: torch.Tensor, num_keys: int) -> torch.Tensor:
-        positions = starts[:, None] + torch.arange(num_keys)
-        # masked keys are read too, so they must be ones that were written: unwritten memory may hold NaN
-        positions = torch.where(positions < contexts[:, None], positions, starts[:, None])
-        blocks = self.block_tables[members].gather(1, positions // self.block_size)
-        return blocks * self.block_size + positions % self.block_size
+    def _blocks(self, members: list[int], starts: torch.Tensor, contexts: torch.Tensor, num_slots: int) -> torch.Tensor:
+        count = -(-num_slots // self.block_size)
+        entries = starts[:, None] // self.block_size + torch.arange(count)
+        last = (contexts - 1)[:, None] // self.block_size
+        return self.block_tables[members].gather(1, entries.minimum(last))
 
     def _rows(self, members: list[int], query_len: int) -> torch.Tensor | slice:
         starts = [self.bounds[i] for i in members]
@@ -173,7 +173,7 @@ def cpu_attention(
     plain = softcap is None and sinks is None and biases is None
     out = None
     for i, group in enumerate(plan.groups):
-        q = query[group.rows].view(group.slots.shape[0], group.query_len, *query.shape[1:])
+        q = query[group.rows].view(group.blocks.shape[0], group.query_len, *query.shape[1:])
         if plain:
             y = _attend_fused(q, kv_cache, group, scaling)
         else:

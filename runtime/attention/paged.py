@@ -43,7 +43,7 @@ class PagedAttention(nn.Module):
         self._sinks = [] if sinks is None else [sinks]
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:
-        """The shape of this layer's kv_cache."""
+        """The shape of this layer's kv_cache, which must start out finite (zeros): unwritten slots are read, masked."""
         return 2, num_blocks, block_size, self.num_kv_heads, self.head_dim
 
     def forward(
