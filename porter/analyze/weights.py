@@ -122,7 +122,7 @@ def _renames(source: Source, after: Facts) -> dict[str, str]:
         return {}
     known = {segment for w in after.worlds for v in w.values.values() for x in v
              if (layer := x.attrs.get("layer")) is not None for segment in str(layer.path).split(".")}
-    pairs = _mapping(path, source.model_type)
+    pairs = _mapping(path, after.entry.name) or _mapping(path, source.model_type)
     return {old: new for old, new in pairs if new.split(".")[-1] in known and old.split(".")[-1] not in known}
 
 
@@ -137,13 +137,13 @@ def _mapping_file() -> Path | None:
     return path if path.is_file() else None
 
 
-def _mapping(path: Path, model_type: str) -> list[tuple[str, str]]:
-    """The plain renames of a model type in transformers' conversion_mapping.py."""
+def _mapping(path: Path, key: str) -> list[tuple[str, str]]:
+    """The plain renames of a class or model type in transformers' conversion_mapping.py."""
     tree = cst.parse_module(path.read_text(encoding="utf-8"))
     aliases: dict[str, str] = {}
     entries: dict[str, cst.BaseExpression] = {}
     _collect(tree, aliases, entries)
-    node = entries.get(model_type) or entries.get(aliases.get(model_type, ""))
+    node = entries.get(key) or entries.get(aliases.get(key, ""))
     if node is None:
         return []
     found = []

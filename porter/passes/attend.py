@@ -480,7 +480,9 @@ def _between(found: Found) -> set[int]:
     inside = {id(v) for v in core.output.walk() if id(v) not in before or v in sources}
     for values in found.world.values.values():
         for value in values:
-            if isinstance(value, Tensor) and core.output in _strip(value):
+            if value.op in ("shape", "part", "size") and value.args and _measures(value, inside):
+                inside.add(id(value))
+            elif isinstance(value, Tensor) and core.output in _strip(value):
                 inside.add(id(value))
             elif isinstance(value, Tensor) and any(s in _strip(value) for s in sources):
                 inside.add(id(value))
@@ -488,6 +490,12 @@ def _between(found: Found) -> set[int]:
                     id(i) in inside or (isinstance(i, Scalar) and i.const is None) for i in value.items):
                 inside.add(id(value))
     return inside
+
+
+def _measures(value: Value, inside: set[int]) -> bool:
+    """Whether a size is one of a tensor on the way: it has another shape now."""
+    source = value.args[0]
+    return id(source) in inside or (source.op in ("shape", "part") and _measures(source, inside))
 
 
 def _creations(init: cst.FunctionDef, name: str) -> list[cst.Call]:

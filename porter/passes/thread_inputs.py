@@ -72,10 +72,18 @@ def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
                 continue
             for inner in edit.walk(ids):
                 if isinstance(inner, cst.BaseExpression) and _counts(facts.values(inner)):
-                    if not (isinstance(inner, cst.Name) and inner.value == "positions"):
+                    if isinstance(inner, cst.Name) and inner.value == "positions":
+                        edits.update(_own_positions(function))
+                    else:
                         edits[inner] = edit.replace("positions")
                     break
     return edits
+
+
+def _own_positions(function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
+    """Drop what a function computes under the name `positions` itself."""
+    return {n: edit.remove for n in edit.walk(function.body) if isinstance(n, cst.Assign)
+            and [edit.code(t) for t in edit.targets(n)] == ["positions"]}
 
 
 def _looked_up(facts: Facts, node: cst.CSTNode) -> cst.BaseExpression | None:
@@ -138,6 +146,8 @@ def _missing(facts: Facts, function: cst.FunctionDef) -> list[str]:
     for node in edit.walk(function.body):
         if isinstance(node, cst.Assign):
             have |= {t.value for t in edit.targets(node) if isinstance(t, cst.Name)}
+    if any(r.site is None for r in facts.calls_of(function)) and function.name.value == "forward":
+        return [n for n in ("positions", "kv_caches", "attn_metadata") if n not in have]
     read = edit.names_read(function.body)
     return [n for n in RUNTIME if n in read and n not in have]
 
@@ -145,7 +155,7 @@ def _missing(facts: Facts, function: cst.FunctionDef) -> list[str]:
 def _with_params(names: list[str]) -> edit.Edit:
     def change(updated: cst.FunctionDef) -> cst.FunctionDef:
         params = list(updated.params.params)
-        first = 1 if params and params[0].name.value == "self" else 0
+        first = _place([p.name.value for p in params])
         comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
         params = [p.with_changes(comma=comma, default=None, equal=cst.MaybeSentinel.DEFAULT) for p in params]
         for name in names:
@@ -154,6 +164,13 @@ def _with_params(names: list[str]) -> edit.Edit:
         params[-1] = params[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
         return updated.with_changes(params=updated.params.with_changes(params=params))
     return change
+
+
+def _place(params: list[str]) -> int:
+    """Where `positions` goes: after the token ids if there are any, else first."""
+    if "input_ids" in params:
+        return params.index("input_ids") + 1
+    return 1 if params[:1] == ["self"] else 0
 
 
 def _at_site(facts: Facts, record: CallRecord, names: Iterable[str]) -> dict[cst.CSTNode, edit.Edit]:
@@ -197,8 +214,8 @@ def _with_args(record: CallRecord, values: dict[str, str]) -> edit.Edit:
         plain = all(a.keyword is None and not a.star for a in args)
         for name, value in values.items():
             arg = cst.Arg(edit.parse(value))
-            if name == "positions":
-                args.insert(0, arg)
+            if name == "positions" and all(a.keyword is None and not a.star for a in args[: _place(params)]):
+                args.insert(_place(params), arg)
             elif plain:
                 args.append(arg)
             else:
