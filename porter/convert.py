@@ -17,6 +17,7 @@ from porter.analyze.program import Program
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
 from porter.errors import ConversionError, Refusal, SourceError
+from porter.passes.attend import read_attention
 from porter.passes.base import Pass, Stage, discover
 from porter.source import Source
 
@@ -60,6 +61,7 @@ def convert(source: Source, target: str = "native") -> Conversion:
     target_settings(target)
     work = _Work(source)
     try:
+        work.check()
         for stage in Stage:
             work.run_stage(stage)
         facts = work.facts()
@@ -87,14 +89,21 @@ class _Work:
         self.edits: list[Edit] = []
         self.lines = list(range(1, self.tree.code.count("\n") + 2))  # source line of each line now
         self.flat = False
+        self.checked = False
         self._facts: Facts | None = None
+
+    def check(self) -> None:
+        """Read every attention on every path of the file as it came, so that a refusal names its own lines."""
+        read_attention(self.facts())
+        self.checked = True
+        self._facts = None
 
     def facts(self) -> Facts:
         if self._facts is None:
             program = Program.read(self.tree, self.config)
             wanted = program.classes.get(self.source.architecture or "")
             entry = wanted if wanted is not None and program.method(wanted, "forward") else None
-            self._facts = explore(program, entry, self.flat)
+            self._facts = explore(program, entry, self.flat, number_paths=not self.checked)
             self._facts.notes = self.notes
         return self._facts
 

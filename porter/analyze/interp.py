@@ -56,8 +56,10 @@ class _LoopExit(Exception):
     pass
 
 
-def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False) -> Facts:
+def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False, number_paths: bool = True) -> Facts:
     """Run the entry class once for every path that its config can choose.
+
+    Without `number_paths`, conditions that only pick a formula by arithmetic (a power of two?) take their usual side.
 
     Raises:
         Refusal: no path runs to the end; the first failure is shown.
@@ -73,7 +75,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     while todo and runs < PATH_LIMIT:
         prefix = todo.pop()
         runs += 1
-        run = Interp(program, prefix, flat)
+        run = Interp(program, prefix, flat, number_paths)
         try:
             worlds.append(run.run(entry))
         except Infeasible:
@@ -92,13 +94,15 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
 class Interp:
     """One path. `prefix` fixes the first config conditions; later ones are taken to hold."""
 
-    def __init__(self, program: Program, prefix: tuple[tuple[str, bool], ...], flat: bool) -> None:
+    def __init__(self, program: Program, prefix: tuple[tuple[str, bool], ...], flat: bool,
+                 number_paths: bool = True) -> None:
         self.program = program
         self.forced = dict(prefix)
         self.trail: list[tuple[str, bool]] = []
         self.taken: dict[str, bool] = {}
         self.world = World()
         self.flat = flat
+        self.number_paths = number_paths
         self.depth = 0
         self.globals: dict[str, Value] = {}
         self.frames: list[dict[str, Value]] = []
@@ -162,6 +166,8 @@ class Interp:
         if isinstance(value, Scalar):
             key, wanted = scalars.condition(value)
             implied = scalars.implied(key, self.taken)
+            if implied is None and "math." in key and not self.number_paths:
+                implied = True
             if implied is None:
                 implied = self.forced.get(key, True)
                 self.trail.append((key, implied))

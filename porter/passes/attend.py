@@ -72,14 +72,26 @@ def _require_attention(facts: Facts) -> None:
                   "porter ports attention decoders; another kind of mixer needs its own cache")
 
 
-def _groups(facts: Facts) -> list[Group]:
-    groups: dict[cst.FunctionDef, Group] = {}
-    for world in facts.worlds:
+def read_attention(facts: Facts) -> dict[int, list[Core]]:
+    """The attention of every path, by the number of the path.
+
+    Raises:
+        Refusal: an attention is there but is not understood.
+    """
+    found: dict[int, list[Core]] = {}
+    for i, world in enumerate(facts.worlds):
         try:
-            cores = find_cores(world)
+            found[i] = find_cores(world)
         except NotUnderstood as error:
             raise Refusal("", _core_line(facts, world), "attention", str(error),
                           "see porter explain attend for what is understood") from error
+    return found
+
+
+def _groups(facts: Facts) -> list[Group]:
+    groups: dict[cst.FunctionDef, Group] = {}
+    for i, cores in read_attention(facts).items():
+        world = facts.worlds[i]
         for core in cores:
             found = _place(facts, world, core)
             group = groups.setdefault(found.function, Group(found.function))
@@ -304,12 +316,14 @@ class _Rewrite:
                           f"its traits differ in a way that no config field tells: {sorted({t for _, t in cases})}",
                           "port the layer kinds as two classes") from None
 
-    def _size(self, found: Found, size: Poly | None) -> str:
-        """A size as an attribute of the attention if one holds it, else over config fields."""
+    def _size(self, found: Found, size: Poly | None, known: set[str] | None = None) -> str:
+        """A size as an attribute of the attention (one of `known`) if one holds it, else over config fields."""
         assert size is not None
         if size.number is not None:
             return str(size.number)
         for name, value in found.owner.attrs.items():
+            if known is not None and name not in known:
+                continue
             if isinstance(value, Scalar) and value.size == size and not value.known:
                 return f"self.{name}"
         return self._expression(size.text(), found)
@@ -436,15 +450,12 @@ class _Rewrite:
         if layer is not None and layer.kind == "conv1d":
             self.facts.notes.setdefault("transposed", set()).add(name)
         inputs, bias = _creation_parts(creation, layer)
-        heads = self._vary(found, lambda f: self._size(f, f.core.heads))
-        kv = self._vary(found, lambda f: self._size(f, f.core.kv_heads))
-        dim = self._vary(found, lambda f: self._size(f, f.core.head_dim))
-        heads, kv, dim = (self._before(t, creation) for t in (heads, kv, dim))
-        call = f"QKVParallelLinear({inputs}, {dim}, {heads}, {kv}, bias={bias})"
-        return edit.replace(call)
-
-    def _before(self, text: str, creation: cst.Call) -> str:
-        return text
+        known = assigned_before(self.tree, self.init, creation)
+        heads = self._vary(found, lambda f: self._size(f, f.core.heads, known))
+        kv = self._vary(found, lambda f: self._size(f, f.core.kv_heads, known))
+        dim = self._vary(found, lambda f: self._size(f, f.core.head_dim, known))
+        shared = "" if kv == heads else f", {kv}"
+        return edit.replace(f"QKVParallelLinear({inputs}, {dim}, {heads}{shared}, bias={bias})")
 
 
 def _kind(core: Core) -> str:
@@ -513,6 +524,17 @@ def _layer_of(owner: Instance, name: str) -> Layer | None:
     if isinstance(value, Instance):
         value = value.attrs.get("<layer>")
     return value if isinstance(value, Layer) else None
+
+
+def assigned_before(tree: cst.Module, init: cst.FunctionDef, node: cst.CSTNode) -> set[str]:
+    """Attributes that an __init__ has set when it comes to a node."""
+    line = edit.enclosing(tree, node, cst.SimpleStatementLine)
+    found: set[str] = set()
+    for other in edit.lines(init):
+        if other is line:
+            return found
+        found |= {t.attr.value for small in other.body for t in edit.targets(small) if isinstance(t, cst.Attribute)}
+    return found
 
 
 def _creation_parts(creation: cst.Call, layer: Layer | None) -> tuple[str, str]:

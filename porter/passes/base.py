@@ -46,6 +46,7 @@ class Pass(ABC):
 
     stage: ClassVar[Stage]
     reason: ClassVar[str]
+    first: ClassVar[bool] = False  # whether it goes before the others of its stage, to leave them less
     flat: ClassVar[bool] = False  # whether it works on flat tokens, after FLATTEN
     EXAMPLES: ClassVar[tuple[Example, ...]] = ()
     UNCHANGED: ClassVar[tuple[Unchanged, ...]] = ()
@@ -72,4 +73,4 @@ def discover() -> list[Pass]:
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
         found += [v() for v in vars(module).values() if isinstance(v, type) and issubclass(v, Pass)
                   and v is not Pass and v.__module__ == module.__name__]
-    return sorted(found, key=lambda p: (p.stage, p.name))
+    return sorted(found, key=lambda p: (p.stage, not p.first, p.name))

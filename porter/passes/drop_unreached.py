@@ -18,6 +18,7 @@ class DropUnreached(Pass):
     """A class that no path of the forward uses is other people's business: task heads, flash variants, base classes."""
 
     stage = Stage.STRIP
+    first = True
     reason = "inference never reaches it"
 
     def apply(self, facts: Facts) -> cst.Module:

@@ -10,7 +10,7 @@ from porter.analyze.facts import Facts, World
 from porter.analyze.flows import layer_of, mixes_features
 from porter.analyze.values import Scalar, Tensor, Value
 from porter.passes import edit
-from porter.passes.attend import LINEAR, _creation_parts, _creations
+from porter.passes.attend import LINEAR, _creation_parts, _creations, assigned_before
 from porter.passes.base import Pass, Stage
 
 PACKED = "qkv_proj"
@@ -140,10 +140,20 @@ def _packed_init(facts: Facts, init: cst.FunctionDef, trio: Trio, creations: lis
     made = edit.statement(f"self.{PACKED} = QKVParallelLinear({parts[0]}, {dim}, {heads}{shared}, bias={parts[1]})")
     made = made.with_changes(leading_lines=order[0].leading_lines)
     edits: dict[cst.CSTNode, edit.Edit] = {line: edit.remove for line in order}
-    edits[order[0]] = lambda _: made
+    needed = {n.attr.value for n in edit.walk(made) if isinstance(n, cst.Attribute) and edit.code(n.value) == "self"}
+    if needed - {PACKED} <= assigned_before(tree, init, creations[trio.names.index(_first(order, lines, trio))][0]):
+        edits[order[0]] = lambda _: made
+    else:
+        last = init.body.body[-1]  # where the attention layer is made: all sizes are set by then
+        edits[last] = lambda updated: cst.FlattenSentinel([made, updated])
     for call in constructor:
         edits.update(_local(call, PACKED))
     return edits
+
+
+def _first(order: list[cst.SimpleStatementLine], lines: list[cst.SimpleStatementLine], trio: Trio) -> str:
+    """The projection that __init__ makes first."""
+    return trio.names[lines.index(order[0])]
 
 
 def _local(call: cst.Call, name: str) -> dict[cst.CSTNode, edit.Edit]:
