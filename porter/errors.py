@@ -6,6 +6,7 @@ PorterError                 exit 2: the input or the call is wrong
 │   └── Refusal             one construct is not understood: file, line, what, why
 ├── PortError               a port file or its manifest is unusable
 ├── CheckpointError         weights or config of a checkpoint are missing, damaged or don't fit
+│   └── OriginalError       the original can't be built or run, so there is nothing to compare with
 ├── RegistryError           nothing registered by that name, or the store is unusable
 ├── EditedError             a file that a person changed would be overwritten
 ├── UsageError              options that don't go together or a value out of range
@@ -61,6 +62,10 @@ class PortError(PorterError):
 
 class CheckpointError(PorterError):
     """A checkpoint's weights or config are missing, damaged or don't fit the port."""
+
+
+class OriginalError(CheckpointError):
+    """The original can't be built or run with a config, so there is nothing to compare a port with."""
 
 
 class RegistryError(PorterError):

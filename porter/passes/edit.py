@@ -24,16 +24,42 @@ def _fields(node: cst.CSTNode) -> tuple[str, ...]:
     return _FIELDS[kind]
 
 
-def children(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-    """The nodes right below a node, in source order, without whitespace and punctuation."""
-    for name in _fields(node):
-        value = getattr(node, name)
-        if isinstance(value, cst.CSTNode):
-            yield value
-        elif isinstance(value, list | tuple):
-            for item in value:
-                if isinstance(item, cst.CSTNode):
-                    yield item
+_IS_NODE: dict[type, bool] = {}
+_CHILDREN: dict[cst.CSTNode, tuple[cst.CSTNode, ...]] = {}
+_WALKS: dict[cst.CSTNode, tuple[cst.CSTNode, ...]] = {}
+_REMEMBERED = 200_000
+
+
+def _remember(memory: dict[cst.CSTNode, tuple[cst.CSTNode, ...]], node: cst.CSTNode,
+              found: list[cst.CSTNode]) -> tuple[cst.CSTNode, ...]:
+    """Keep what was found for a node, which never changes; forget all when there is too much."""
+    if len(memory) > _REMEMBERED:
+        memory.clear()
+    memory[node] = tuple(found)
+    return memory[node]
+
+
+def _is_node(value: object) -> bool:
+    """isinstance(value, CSTNode), remembered by type: the abstract check is slow and this is the inner loop."""
+    kind = type(value)
+    if kind not in _IS_NODE:
+        _IS_NODE[kind] = issubclass(kind, cst.CSTNode)
+    return _IS_NODE[kind]
+
+
+def children(node: cst.CSTNode) -> tuple[cst.CSTNode, ...]:
+    """The nodes right below a node, in source order, without whitespace and punctuation; nodes never change."""
+    known = _CHILDREN.get(node)
+    if known is None:
+        found: list[cst.CSTNode] = []
+        for name in _fields(node):
+            value = getattr(node, name)
+            if _is_node(value):
+                found.append(value)
+            elif type(value) in (list, tuple):
+                found += [v for v in value if _is_node(v)]
+        known = _remember(_CHILDREN, node, found)
+    return known
 
 
 def rewrite(tree: cst.Module, edits: Mapping[cst.CSTNode, Edit]) -> cst.Module:
@@ -149,11 +175,20 @@ def code(node: cst.CSTNode) -> str:
     return cst.Module([]).code_for_node(node).strip()
 
 
-def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+def walk(node: cst.CSTNode) -> tuple[cst.CSTNode, ...]:
     """A node and all below it, in source order."""
-    yield node
+    known = _WALKS.get(node)
+    if known is None:
+        found: list[cst.CSTNode] = []
+        _descend(node, found)
+        known = _remember(_WALKS, node, found)
+    return known
+
+
+def _descend(node: cst.CSTNode, found: list[cst.CSTNode]) -> None:
+    found.append(node)
     for child in children(node):
-        yield from walk(child)
+        _descend(child, found)
 
 
 def names_read(node: cst.CSTNode) -> set[str]:
@@ -243,7 +278,10 @@ _PARENTS: dict[int, tuple[cst.Module, dict[cst.CSTNode, cst.CSTNode]]] = {}
 def parent(tree: cst.Module, node: cst.CSTNode) -> cst.CSTNode | None:
     if id(tree) not in _PARENTS:
         _PARENTS.clear()
-        _PARENTS[id(tree)] = (tree, {child: above for above in walk(tree) for child in children(above)})
+        above_of: dict[cst.CSTNode, cst.CSTNode] = {}
+        for above in walk(tree):
+            above_of.update(dict.fromkeys(children(above), above))
+        _PARENTS[id(tree)] = (tree, above_of)
     return _PARENTS[id(tree)][1].get(node)
 
 

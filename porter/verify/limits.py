@@ -31,7 +31,9 @@ def _weights(request: Request) -> list[str]:
 
 def _skipped(cases: tuple[Case, ...]) -> list[str]:
     checks = [(case, check) for case in cases if not case.failure for check in case.checks]
-    return [f"{case.name}, {check.name}: {check.detail}" for case, check in checks if check.status == "skip"]
+    without_original = [f"{case.name}: {case.skipped}" for case in cases if case.skipped]
+    skipped = [f"{case.name}, {check.name}: {check.detail}" for case, check in checks if check.status == "skip"]
+    return without_original + skipped
 
 
 def _windows(cases: tuple[Case, ...]) -> list[str]:

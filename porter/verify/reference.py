@@ -1,5 +1,7 @@
 """The original: the model that transformers builds, in eager attention, run without a cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from porter.errors import CheckpointError
+from porter.errors import OriginalError
 from porter.verify.trace import Trace, join, recording
 
 
@@ -20,19 +22,23 @@ class ReferenceRun:
 
 
 def load_reference(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The original model of a checkpoint folder; CheckpointError if transformers can't load it."""
+    """The original model of a checkpoint folder; OriginalError if transformers can't load it."""
     quiet_transformers()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    with asked_of_original(f"load {folder}", "check the files; a model with its own code needs --trust-remote-code"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"transformers can't load {folder} ({reason})",
-            "check the files; a model with its own code needs --trust-remote-code",
-        ) from error
     return model.eval()
+
+
+@contextmanager
+def asked_of_original(task: str, remedy: str) -> Iterator[None]:
+    """What goes wrong inside is the original's own doing: it is raised again as OriginalError, one line."""
+    try:
+        yield
+    except Exception as error:  # any library, any model's own code
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise OriginalError(f"transformers can't {task} ({type(error).__name__}: {reason})", remedy) from error
 
 
 def quiet_transformers() -> None:
@@ -54,7 +60,8 @@ def run_reference(model: PreTrainedModel, prompts: list[list[int]]) -> Reference
 
 @torch.inference_mode()
 def full_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
-    """Logits `[num_tokens, vocab]` in float32 of one full forward without cache."""
-    output = model(input_ids=torch.tensor([token_ids]), use_cache=False)
-    logits: torch.Tensor = output.logits[0].float()
+    """Logits `[num_tokens, vocab]` in float32 of one full forward without cache; OriginalError if it raises."""
+    kind = model.config.model_type
+    with asked_of_original(f"run this {kind} model", "compare with a config that the original itself accepts"):
+        logits: torch.Tensor = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0].float()
     return logits

@@ -6,7 +6,7 @@ from porter.verify.result import Verification
 
 def print_verification(result: Verification) -> None:
     """One row a check, worst case first; then what failed, where to look, and what was not tested."""
-    cases = f"{len(result.cases)} cases" if len(result.cases) != 1 else "1 case"
+    cases = f"{len(result.tried)} cases" if len(result.tried) != 1 else "1 case"
     console.table(
         f"{result.architecture}, {result.checkpoint}, {result.dtype}, {cases}, {result.seconds:.0f} s",
         ("check", "result", "figure", "limit", "detail"),

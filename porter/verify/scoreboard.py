@@ -111,7 +111,7 @@ def _scored(row: Row, result: Verification) -> Row:
     figures = {check.name: _figure(check) for check in result.summary()}
     failure = result.failure
     reason = f"{failure[0].name}: {failure[1].name}: {failure[1].detail or failure[1].figure}" if failure else ""
-    found = {"verified": result.passed, "cases": len(result.cases), "figures": figures, "reason": reason}
+    found = {"verified": result.passed, "cases": len(result.tried), "figures": figures, "reason": reason}
     return Row(**{**asdict(row), **found})
 
 

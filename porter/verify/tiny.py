@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from porter.errors import CheckpointError, SourceError
+from porter.errors import SourceError
+from porter.verify.reference import asked_of_original, full_logits
 
 LAYERS = 2
 WINDOW = 8
@@ -78,25 +79,25 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 
 def shrink(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
-    """A config of the same class with small sizes, every kind of layer once, and `overrides` on top."""
+    """A config of the same class with small sizes, every kind of layer once, and `overrides` on top.
+
+    Raises OriginalError when the config class rejects them.
+    """
     small = _shrink_config(config.to_dict())
     if "kv_lora_rank" in small and "num_key_value_heads" in small:
         small["num_key_value_heads"] = HEADS  # latent attention has a key for every head
-    try:
+    with asked_of_original(f"make a tiny {config.model_type} config", "use --model instead"):
         return type(config)(**{**small, **overrides})
-    except (TypeError, ValueError, KeyError) as error:
-        raise SourceError(f"no tiny {config.model_type} config can be made: {error}", "use --model instead") from error
 
 
 def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
-    """Save a randomised model of `config` in `folder` under the names that hub checkpoints use."""
+    """Save a randomised model of `config` in `folder` under the names that hub checkpoints use.
+
+    Raises OriginalError when transformers can't build or run a model of that config.
+    """
     torch.manual_seed(seed)
-    try:
+    with asked_of_original(f"build a tiny {config.model_type}", "use --model instead"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"transformers can't build a tiny {config.model_type}: {error}", "use --model instead"
-        ) from error
     randomise(model)
     model.save_pretrained(folder)
 
@@ -128,9 +129,8 @@ def _is_transposed(model: nn.Module, name: str) -> bool:
 
 def _spread_logits(model: PreTrainedModel, spread: float = 2.5) -> None:
     head = model.get_output_embeddings()
-    ids = torch.arange(3, 35).unsqueeze(0)
     for _ in range(3):
-        deviation = float(model(input_ids=ids, use_cache=False).logits.std(-1).mean())
+        deviation = float(full_logits(model, list(range(3, 35))).std(-1).mean())
         head.weight.mul_(min(max(spread / max(deviation, 1e-6), 0.2), 5.0))
 
 

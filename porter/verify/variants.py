@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from porter.errors import PorterError
 from porter.verify.fields import fields_read
 from porter.verify.tiny import HEADS, HIDDEN, WINDOW, shrink
 
@@ -46,10 +45,12 @@ class Variant:
 
 
 def variants(config: PreTrainedConfig, port_file: Path) -> list[Variant]:
-    """The default and one variant for each other value of a field that the port reads and transformers accepts."""
+    """The default, and one variant for each other value of a field that the port reads.
+
+    Whether the original takes the value shows when it is run with it.
+    """
     read = fields_read(port_file)
-    found = [Variant("default"), *_values(config, read), *_flags(config, read), *_ropes(config, read)]
-    return [variant for variant in found if _accepted(config, variant)]
+    return [Variant("default"), *_values(config, read), *_flags(config, read), *_ropes(config, read)]
 
 
 def _values(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
@@ -80,11 +81,3 @@ def _ropes(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
     if "rope_parameters" not in read or not rope or "rope_type" not in rope:
         return []
     return [Variant(name, {"rope_parameters": {**rope, **scaling}}) for name, scaling in _ROPE.items()]
-
-
-def _accepted(config: PreTrainedConfig, variant: Variant) -> bool:
-    try:
-        shrink(config, **variant.overrides)
-    except PorterError:
-        return False
-    return True
