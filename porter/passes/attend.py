@@ -29,6 +29,7 @@ class Found:
     owner: Instance
     merged: cst.BaseExpression
     sources: list[cst.BaseExpression]
+    made: list[Tensor]  # the values of the sources
     merges_heads: bool
 
 
@@ -111,7 +112,7 @@ def _core_line(facts: Facts, world: World) -> int:
 
 def _place(facts: Facts, world: World, core: Core) -> Found:
     """Find, in one function, the expressions that project q, k, v and the one that merges the heads."""
-    sources = [_strip(v)[-1] for v in (core.query, core.key, core.value)]
+    chains = [_strip(v) for v in (core.query, core.key, core.value)]
     merged = _merged_nodes(world, core)
     functions = {}
     for node, merges in merged:
@@ -120,11 +121,12 @@ def _place(facts: Facts, world: World, core: Core) -> Found:
             functions.setdefault(function, (node, merges))
     for function, (node, merges) in functions.items():
         inside = {n: i for i, n in enumerate(edit.walk(function.body))}
-        nodes = [_source_node(world, s, inside) for s in sources]
+        picked = [_source_node(world, c, inside) for c in chains]
         owner = next((c.receiver for c in world.calls if c.function.node is function
                       and isinstance(c.receiver, Instance)), None)
-        if all(n is not None for n in nodes) and owner is not None:
-            return Found(world, core, function, owner, node, [n for n in nodes if n is not None], merges)
+        if all(p is not None for p in picked) and owner is not None:
+            known = [p for p in picked if p is not None]
+            return Found(world, core, function, owner, node, [n for n, _ in known], [v for _, v in known], merges)
     raise Refusal("", _core_line(facts, world), "attention",
                   "its projections and its merged heads are not in one method", "bring them into one forward")
 
@@ -148,15 +150,19 @@ def _merged_nodes(world: World, core: Core) -> list[tuple[cst.BaseExpression, bo
     return whole or apart
 
 
-def _source_node(world: World, source: Tensor, inside: dict[cst.CSTNode, int]) -> cst.BaseExpression | None:
-    """The expression of a function that makes a projection's value; a name only if nothing else does."""
-    best: cst.BaseExpression | None = None
-    for node in inside:
-        if isinstance(node, cst.BaseExpression) and any(v is source for v in world.values.get(node, ())):
-            if not isinstance(node, cst.Name):
-                return node
-            best = best or node
-    return best
+def _source_node(world: World, chain: list[Tensor], inside: dict[cst.CSTNode, int]) -> tuple[
+        cst.BaseExpression, Tensor] | None:
+    """The expression of a function that makes the earliest of a chain of layouts; a name only if nothing else does."""
+    for value in reversed(chain):
+        best: cst.BaseExpression | None = None
+        for node in inside:
+            if isinstance(node, cst.BaseExpression) and any(v is value for v in world.values.get(node, ())):
+                if not isinstance(node, cst.Name):
+                    return node, value
+                best = best or node
+        if best is not None:
+            return best, value
+    return None
 
 
 # -- rewriting -------------------------------------------------------------------------------------------------------------
@@ -338,10 +344,8 @@ class _Rewrite:
             index = next((n for n, v in found.owner.attrs.items() if isinstance(v, Scalar) and v.op == "index"), None)
             bound = next((c.bound for c in found.world.calls if c.function.node is self.init), {})
             name = next((n for n, v in bound.items() if isinstance(v, Scalar) and v.op == "index"), None)
-            if index is None and name is None:
-                raise Refusal("", line_of(self.tree, self.init), "attention", f"its __init__ has no layer index for {text}",
-                              "pass layer_idx to the class")
-            text = text.replace("layer_idx", name or f"self.{index}")
+            if index is not None or name is not None:
+                text = text.replace("layer_idx", name or f"self.{index}")
         return text
 
     def _value(self, found: Found, value: Value) -> str:
@@ -486,7 +490,7 @@ def _over_self(node: cst.BaseExpression, found: Found) -> bool:
 def _between(found: Found) -> set[int]:
     """Values made on the way from the projections to the merged heads."""
     core = found.core
-    sources = [_strip(v)[-1] for v in (core.query, core.key, core.value)]
+    sources = found.made
     before = {id(v) for s in sources for v in s.walk()}
     inside = {id(v) for v in core.output.walk() if id(v) not in before or v in sources}
     for values in found.world.values.values():

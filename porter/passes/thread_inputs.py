@@ -138,6 +138,52 @@ class ThreadInputs(Pass):
         return edit.rewrite(facts.program.tree, edits)
 
 
+class ThreadLayerIndex(Pass):
+    """A layer whose traits depend on its number is told its number."""
+
+    stage = Stage.ATTEND
+    reason = "the layer's traits depend on its number"
+
+    def apply(self, facts: Facts) -> cst.Module:
+        for function in facts.called:
+            have = {p.name.value for p in edit.params_of(function)} | {
+                t.value for n in edit.walk(function.body) if isinstance(n, cst.Assign) for t in edit.targets(n)
+                if isinstance(t, cst.Name)}
+            if function.name.value != "__init__" or INDEX in have or not _reads_index(function):
+                continue
+            edits: dict[cst.CSTNode, edit.Edit] = {function: _with_params([INDEX])}
+            for record in facts.calls_of(function):
+                if isinstance(record.site, cst.Call):
+                    edits[record.site] = _with_index(_counter(facts, record.site))
+            return edit.rewrite(facts.program.tree, edits)
+        return facts.program.tree
+
+
+INDEX = "layer_idx"
+
+
+def _reads_index(function: cst.FunctionDef) -> bool:
+    """Whether an __init__ reads the layer's number outside of loops that count it themselves."""
+    loops = [n for n in edit.walk(function.body) if isinstance(n, cst.ListComp | cst.GeneratorExp | cst.For)]
+    inside = {n for loop in loops for n in edit.walk(loop)}
+    return any(isinstance(n, cst.Name) and n.value == INDEX and n not in inside for n in edit.walk(function.body))
+
+
+def _counter(facts: Facts, site: cst.Call) -> str:
+    """The variable that counts layers where a layer is created."""
+    loop = edit.enclosing(facts.program.tree, site, cst.ListComp, cst.GeneratorExp)
+    if loop is not None and isinstance(loop.for_in.target, cst.Name):
+        return str(loop.for_in.target.value)
+    return INDEX
+
+
+def _with_index(name: str) -> edit.Edit:
+    def change(updated: cst.Call) -> cst.Call:
+        args = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in updated.args]
+        return updated.with_changes(args=[*args, cst.Arg(cst.Name(name), keyword=cst.Name(INDEX), equal=_EQUAL)])
+    return change
+
+
 def _missing(facts: Facts, function: cst.FunctionDef) -> list[str]:
     """Runtime inputs that a function reads without having them."""
     if function.name.value == "__init__":
