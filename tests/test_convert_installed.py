@@ -20,6 +20,19 @@ FUSED = {
     "gpt_neox": {"query_key_value": "grouped"},
     "bloom": {"query_key_value": "grouped"},
 }
+GONE = (
+    "dropout(",
+    "dropout_p",
+    "past_key_value",
+    "use_cache",
+    "attention_mask",
+    "output_attentions",
+    "labels",
+    "kwargs",
+    "gradient_checkpointing",
+    "return_dict",
+    "todo",
+)
 TRANSPOSED = {"gpt2": ("c_attn", "c_fc", "c_proj")}
 LAYERS = {
     "opt": "PagedAttention",
