@@ -1,4 +1,7 @@
-"""The commands: each parses, calls, prints. Nothing heavy is imported until a command runs."""
+"""The commands: each parses, calls, prints. Nothing heavy is imported until a command runs.
+
+Exit codes: 0 fine, 1 a check found a problem, 2 wrong use or input, or a bug (PORTER_DEBUG=1 shows its traceback).
+"""
 
 import os
 import sys
@@ -7,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from porter import __version__
 
@@ -24,19 +28,25 @@ class _Commands(TyperGroup):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
+        except (typer.Exit, typer.Abort, TyperException):
+            raise
         except Exception as error:
             raise typer.Exit(_explained(error)) from error
 
 
 def _explained(error: Exception) -> int:
-    """Show an error of porter or of its runtime as one line; raise any other, which is a bug, again."""
-    code = getattr(error, "exit_code", None)
-    if not isinstance(code, int) or not type(error).__module__.startswith("porter."):
-        raise error
+    """Show an error as one line; the trees of porter and of its runtime bring their own text and exit code."""
     from porter import console
 
-    console.error(str(error))
-    return code
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int) and type(error).__module__.startswith("porter."):
+        console.error(str(error))
+        return code
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        console.error(f"{error.filename}: {error.strerror}; check the path, its permissions and the space left")
+    else:
+        console.internal_error(error)
+    return 2
 
 
 app = typer.Typer(

@@ -4,7 +4,9 @@ Results go to stdout, talk to stderr.
 """
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,6 +34,17 @@ def warn(message: str) -> None:
 def error(message: str) -> None:
     """One line on stderr."""
     _stderr().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+
+
+def internal_error(bug: BaseException) -> None:
+    """One line on stderr about a bug of porter's own; its traceback too if PORTER_DEBUG=1."""
+    if os.environ.get("PORTER_DEBUG") == "1":
+        sys.stderr.write("".join(traceback.format_exception(bug)))
+    told = " ".join(str(bug).split())
+    error(
+        f"internal error: {type(bug).__name__}: {told or 'no message'}; this is a bug in porter, "
+        "please report it with what PORTER_DEBUG=1 shows"
+    )
 
 
 def result(text: str) -> None:

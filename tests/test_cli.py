@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from porter import __version__, commands
 from porter.cli import app
 from porter.errors import CheckFailed, PorterError
+from porter.runtime.errors import WeightError
 from porter.runtime.outputs import CompletionOutput, RequestOutput
 from porter.runtime.sampling import SamplingParams
 
@@ -96,8 +97,8 @@ def test_a_hub_name_without_network_is_one_line(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(PorterError("a", "b"), 2), (CheckFailed("a", "b"), 1), (KeyboardInterrupt(), 130)],
-    ids=["wrong input", "failed check", "ctrl-c"],
+    [(PorterError("a", "b"), 2), (WeightError("a", "b"), 2), (CheckFailed("a", "b"), 1), (KeyboardInterrupt(), 130)],
+    ids=["wrong input", "the runtime's", "failed check", "ctrl-c"],
 )
 def test_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
     def fail(json: bool) -> None:
@@ -109,12 +110,26 @@ def test_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseExcept
     assert "Traceback" not in result.output
 
 
-def test_a_bug_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_is_called_one_and_shows_its_traceback_when_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, debug: bool
+) -> None:
     def fail(json: bool) -> None:
         raise KeyError("bug")
 
     monkeypatch.setattr(commands, "list_ports", fail)
-    assert isinstance(run("list").exception, KeyError)
+    monkeypatch.setenv("PORTER_DEBUG", str(int(debug)))
+    result = run("list")
+    assert (result.exit_code, result.stdout, "Traceback" in result.stderr) == (2, "", debug)
+    assert result.stderr.splitlines()[-1].startswith("error: internal error: KeyError: 'bug'; ")
+    assert debug or result.stderr.count("\n") == 1
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run("convert", "llama", "-o", str(tmp_path / "file" / "port"))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "internal error" not in result.stderr
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
