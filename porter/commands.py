@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from porter import console, registry
 from porter.errors import CheckFailed, UsageError, explained_config
-from porter.manifest import Port, dumps, read_port, write_port
+from porter.manifest import MANIFEST, Port, read_port, write_port
 
 if TYPE_CHECKING:
     from porter.passes.base import Pass
@@ -46,17 +46,19 @@ class Sampling:
 
 def convert(source_name: str, out: Path | None, target: str, options: ConvertOptions) -> None:
     """`porter convert`."""
-    from porter import convert as converter
-    from porter import source as sources
-    from porter.diffing import port_diff
+    with console.working(f"converting {source_name}"):
+        from porter import convert as converter
+        from porter import source as sources
 
-    source = sources.load(source_name)
-    conversion = converter.convert(source, target=target)
+        source = sources.load(source_name)
+        conversion = converter.convert(source, target=target)
     folder = out or Path("ports") / Path(conversion.module_name).stem
     if options.check:
         _check_drift(folder, conversion)
         return
     if options.diff:
+        from porter.diffing import port_diff
+
         name = str(conversion.manifest["module"])
         edits = conversion.manifest.get("edits") or []
         console.diff(port_diff((source_name, source.text), (name, conversion.code), edits))
@@ -71,15 +73,21 @@ def _check_drift(folder: Path, conversion: Any) -> None:
 
     port = read_port(folder)
     on_disk = port.path.read_text(encoding="utf-8")
-    changes = text_diff(on_disk, conversion.code, str(port.path), "regenerated")
-    manifest = {**port.manifest, "verified": None}
-    changes += text_diff(dumps(manifest), dumps({**conversion.manifest, "verified": None}), "port.json", "regenerated")
-    if changes:
-        console.diff(changes)
-        raise CheckFailed(
-            f"{port.path} is not what its source gives", "run `porter convert` again, with --force if edited"
-        )
+    console.diff(text_diff(on_disk, conversion.code, str(port.path), "regenerated"))
+    stale = _stale_entries(port, conversion.manifest)
+    if on_disk != conversion.code:
+        remedy = "run `porter convert` again, with --force if edited"
+        raise CheckFailed(f"{port.path} is not what its source gives", remedy)
+    if stale:
+        what = f"{', '.join(stale)} of {port.folder / MANIFEST}"
+        raise CheckFailed(f"{what} is not what the source gives", "run `porter convert` again")
     console.say(f"{port.path} is up to date")
+
+
+def _stale_entries(port: Port, manifest: dict[str, Any]) -> list[str]:
+    """The manifest's entries that converting again would change; the record of a verification is no such entry."""
+    names = sorted({*port.manifest, *manifest} - {"verified"})
+    return [name for name in names if port.manifest.get(name) != manifest.get(name)]
 
 
 def _print_converted(port: Port, json: bool) -> None:
@@ -95,10 +103,10 @@ def _print_converted(port: Port, json: bool) -> None:
 
 def verify(request: "Request", json: bool) -> int:
     """`porter verify`; returns the exit code."""
-    from porter.verify.report import print_verification
-    from porter.verify.run import verify as run
+    with console.progress("loading torch and transformers", None) as advance:
+        from porter.verify.report import print_verification
+        from porter.verify.run import verify as run
 
-    with console.progress("verifying", None) as advance:
         result = run(request, advance)
     if json:
         console.print_json(result.to_json())
@@ -225,9 +233,9 @@ def ledger(model: str, port: Path | None, json: bool) -> int:
 
 
 def _engine(model: str, options: Sampling) -> "LLM":
-    from porter.runtime.engine import LLM
-
     with explained_config(), console.bytes_progress(f"loading {model}") as progress:
+        from porter.runtime.engine import LLM
+
         return LLM(model, port=options.port, dtype=options.dtype, load_progress=progress)
 
 

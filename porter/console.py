@@ -6,13 +6,14 @@ Results go to stdout, talk to stderr.
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,8 +23,15 @@ _STYLES = {"PASS": "bold green", "FAIL": "bold red", "skip": "yellow"}
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal, on stderr."""
-    _stderr().print(escape(message), soft_wrap=True, highlight=False)
+    """A line for the person at the terminal, on stderr; on a terminal it folds between words, indented."""
+    console = _stderr()
+    lines = [message]
+    if console.is_terminal:
+        lines = textwrap.wrap(
+            message, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+    for line in lines or [""]:
+        console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def warn(message: str) -> None:
@@ -78,12 +86,9 @@ def diff(lines: Iterable[str]) -> None:
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Advance]:
     """A bar on stderr that goes away when done; call the given function with what is being done next."""
-    columns = (
-        TextColumn("{task.description:<36.36}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), TextColumn("{task.description:<50.50}"), TimeElapsedColumn())
+    if total is not None:
+        columns = (*columns, BarColumn(bar_width=12), MofNCompleteColumn())
     console = _stderr()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
@@ -92,6 +97,14 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
             bar.update(task, description=step, advance=1)
 
         yield advance
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """A spinner on stderr while something of unknown length is done; nothing if that is no terminal."""
+    console = _stderr()
+    with console.status(escape(title)) if console.is_terminal else nullcontext():
+        yield
 
 
 @contextmanager

@@ -291,6 +291,9 @@ def slice_size(size: Poly, part: Sequence) -> Poly:
     length = stop - start
     pace = scalars.number(step) if not is_none(step) else 1
     if pace and pace > 1:
+        first = start.number
+        if first is not None and 0 <= first < pace and stop == size:
+            length = size  # every pace-th from one of the first: an even share, as sizes divide
         return length.divide(Poly.const(pace)) or length
     if length.number is None and size.number is None and stop.number is not None and stop.number > 0:
         return length

@@ -504,7 +504,7 @@ def _between(found: Found) -> set[int]:
             elif isinstance(value, Sequence) and value.items and all(
                     id(i) in inside or (isinstance(i, Scalar) and i.const is None) for i in value.items):
                 inside.add(id(value))
-    return inside
+    return inside - {id(v) for node, v in zip(found.sources, sources, strict=True) if isinstance(node, cst.Name)}
 
 
 def _measures(value: Value, inside: set[int]) -> bool:

@@ -9,7 +9,7 @@ import libcst as cst
 from porter.analyze.facts import Facts, World
 from porter.analyze.flows import ELEMENTWISE, RESHAPES, Flows, all_uses_are, behind, layer_of
 from porter.analyze.program import full_name
-from porter.analyze.values import Layer, Scalar, Tensor
+from porter.analyze.values import Instance, Layer, Scalar, Tensor, Value
 from porter.passes import edit
 from porter.passes.attend import LINEAR
 from porter.passes.base import Pass, Stage
@@ -38,6 +38,7 @@ class ShardLayers(Pass):
             for node in edit.walk(function.body):
                 if isinstance(node, cst.Call):
                     edits.update(_create(facts, node, roles, imports))
+        edits.update(_subclasses(facts, imports))
         return edit.add_imports(edit.rewrite(facts.program.tree, edits), imports)
 
 
@@ -88,7 +89,7 @@ def _world_roles(world: World) -> list[tuple[Layer, str]]:
         layer = layer_of(value)
         if layer is None or layer.kind not in ("linear", "conv1d") or value is head:
             continue
-        sources = behind(value.args[0], THROUGH)
+        sources = _sources(value.args[0])
         if sources and all(_splits(s) for s in sources):
             rows[id(value)] = sources
     ends = set(rows)
@@ -110,6 +111,16 @@ def _world_roles(world: World) -> list[tuple[Layer, str]]:
     return list(roles.values())
 
 
+def _sources(value: Value) -> list[Tensor]:
+    """What a linear's input is made of. Heads may be laid out anew; the features of a linear must stay in its order,
+    or a rank would hold others than the row it multiplies them with."""
+    found: list[Tensor] = []
+    for source in behind(value, ELEMENTWISE):
+        inner = behind(source, THROUGH) if source.op in RESHAPES else [source]
+        found += inner if source.op not in RESHAPES or all(v.op == "paged_attention" for v in inner) else [source]
+    return found
+
+
 def _splits(value: Tensor) -> bool:
     """Whether a value can be split over ranks: an attention with local heads, or a linear that may be a column."""
     layer = layer_of(value)
@@ -120,7 +131,7 @@ def _splits(value: Tensor) -> bool:
 
 
 def _safe(flows: Flows, source: Tensor, ends: set[int]) -> bool:
-    return source.op == "paged_attention" or all_uses_are(flows, source, THROUGH, ends)
+    return source.op == "paged_attention" or all_uses_are(flows, source, ELEMENTWISE, ends)
 
 
 def _head(world: World) -> Tensor | None:
@@ -137,6 +148,8 @@ def _create(facts: Facts, node: cst.Call, roles: dict[cst.CSTNode, set[str]],
     name = full_name(node.func).rsplit(".", 1)[-1]
     if node not in roles or name in ROLES.values():
         return {}
+    if any(_has_own_forward(facts, v) for v in facts.values(node)):
+        return {}
     kinds = {_made(v).kind for v in facts.values(node) if _made(v) is not None}  # type: ignore[union-attr]
     seen = roles[node]
     role = seen.pop() if len(seen) == 1 else "replicated"
@@ -148,6 +161,40 @@ def _create(facts: Facts, node: cst.Call, roles: dict[cst.CSTNode, set[str]],
         facts.notes.setdefault("transposed", set()).add(_attribute(facts, node))
     arguments = _arguments(node, kinds, role)
     return {node: edit.replace(f"{target}({', '.join(arguments)})")}
+
+
+def _has_own_forward(facts: Facts, value: object) -> bool:
+    """An embedding subclass that computes more than the lookup stays a class of the port."""
+    layer = _made(value)
+    return isinstance(value, Instance) and value.cls is not None and layer is not None and layer.kind == "embedding" \
+        and facts.program.method(value.cls, "forward") is not None
+
+
+def _subclasses(facts: Facts, imports: dict[str, set[str]]) -> dict[cst.CSTNode, edit.Edit]:
+    """Token embeddings with a forward of their own (a scale, say) inherit from the parallel embedding."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for world in facts.worlds:
+        tokens = {id(v.attrs.get("layer")) for v in Flows(world).of("embedding") if v.args[0].op == "input_ids"}
+        for values in world.values.values():
+            for value in values:
+                if isinstance(value, Instance) and _has_own_forward(facts, value) and id(_made(value)) in tokens:
+                    edits.update(_rebased(facts, value))
+    if edits:
+        imports.setdefault(EMBEDDING, set()).add("VocabParallelEmbedding")
+    return edits
+
+
+def _rebased(facts: Facts, value: Instance) -> dict[cst.CSTNode, edit.Edit]:
+    assert value.cls is not None
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for base in value.cls.node.bases:
+        if full_name(base.value).rsplit(".", 1)[-1] == "Embedding":
+            edits[base.value] = edit.replace("VocabParallelEmbedding")
+    for node in edit.walk(value.cls.node) if edits else ():
+        if isinstance(node, cst.Call) and edit.code(node.func) == "super().__init__":
+            sizes = ", ".join(_arguments(node, {"embedding"}, "embedding"))
+            edits[node] = edit.replace(f"super().__init__({sizes}, linear_method=linear_method)")
+    return edits
 
 
 def _attribute(facts: Facts, node: cst.Call) -> str:
