@@ -136,7 +136,7 @@ def test_check_without_a_port_says_so(convert: Convert) -> None:
 def test_diff_gives_the_reason_and_writes_nothing(convert: Convert, tmp_path: Path) -> None:
     lines = convert("--diff").stdout.splitlines()
     assert "-    dropout = 1" in lines
-    assert "# line 2 drop-dropout: dropout is off in inference" in lines
+    assert "# drop-dropout, line 2: dropout is off in inference" in lines
     assert list(tmp_path.iterdir()) == []
 
 
