@@ -7,12 +7,78 @@ import libcst as cst
 from porter.analyze.facts import CallRecord, Facts
 from porter.analyze.values import Scalar, Value
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 from porter.passes.drop_dead_code import live_at_entry
 
 # The engine passes these to the entry and builds it with these, whether or not it reads them.
-ENTRY_ARGUMENTS = ("self", "input_ids", "positions", "position_ids", "kv_caches", "attn_metadata", "config",
-                   "linear_method", "hidden_states", "logits", "sampling_metadata", "weights")
+ENTRY_ARGUMENTS = (
+    "self",
+    "input_ids",
+    "positions",
+    "position_ids",
+    "kv_caches",
+    "attn_metadata",
+    "config",
+    "linear_method",
+    "hidden_states",
+    "logits",
+    "sampling_metadata",
+    "weights",
+)
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, scores=None, **kwargs):
+        return self.proj(hidden_states)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.mlp = OakMLP(config)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        return self.mlp(hidden_states, scores=hidden_states.mean())
+"""
+_AFTER = _BEFORE.replace(
+    "def forward(self, hidden_states, scores=None, **kwargs):",
+    "def forward(self, hidden_states):",
+).replace(
+    "return self.mlp(hidden_states, scores=hidden_states.mean())",
+    "return self.mlp(hidden_states)",
+)
+_UNCHANGED = """\
+from torch import nn
+
+
+class OakNorm(nn.Module):
+    def __init__(self, config, eps=1e-6):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=eps)
+
+    def forward(self, hidden_states):
+        return self.norm(hidden_states)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = OakNorm(config)
+
+    def forward(self, input_ids):
+        return self.norm(self.embed(input_ids))
+"""
 
 
 class DropArguments(Pass):
@@ -20,6 +86,8 @@ class DropArguments(Pass):
 
     stage = Stage.STRIP
     reason = "nothing reads the argument at inference"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "a number that __init__ is told keeps its name"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
@@ -73,8 +141,10 @@ def _definition(names: set[str]) -> edit.Edit:
             kwargs = None
         if kwonly and kwargs is None:
             kwonly[-1] = kwonly[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
-        return updated.with_changes(params=p.with_changes(params=kept, star_arg=star, kwonly_params=kwonly,
-                                                          star_kwarg=kwargs))
+        return updated.with_changes(
+            params=p.with_changes(params=kept, star_arg=star, kwonly_params=kwonly, star_kwarg=kwargs)
+        )
+
     return change
 
 
@@ -103,9 +173,9 @@ def _gone(site: cst.Call, record: CallRecord, names: set[str]) -> set[int]:
     """Positions of the arguments at a call that bind a dropped parameter."""
     function = record.function.node
     params = [p.name.value for p in (*function.params.posonly_params, *function.params.params)]
-    if params and params[0] in ("self", "cls", "ctx") and record.receiver is not None:
-        params = params[1:]
-    elif params and params[0] == "ctx":
+    if (params and params[0] in ("self", "cls", "ctx") and record.receiver is not None) or (
+        params and params[0] == "ctx"
+    ):
         params = params[1:]
     drop: set[int] = set()
     position = 0
@@ -122,15 +192,15 @@ def _gone(site: cst.Call, record: CallRecord, names: set[str]) -> set[int]:
             if name in names or (name not in known and not takes_kwargs):
                 drop.add(i)
         else:
-            if position < len(params) and params[position] in names:
-                drop.add(i)
-            elif position >= len(params) and not isinstance(function.params.star_arg, cst.Param):
+            if (position < len(params) and params[position] in names) or (
+                position >= len(params) and not isinstance(function.params.star_arg, cst.Param)
+            ):
                 drop.add(i)
             position += 1
     return drop
 
 
-# -- parameters with one known value -------------------------------------------------------------------------------------
+# -- parameters with one known value ---------------------------------------------------------------
 
 
 def _constants(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
@@ -155,8 +225,12 @@ def _constants(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edi
 
 
 def _is_bound(function: cst.FunctionDef, name: str) -> bool:
-    return any(isinstance(t, cst.Name) and t.value == name for n in edit.walk(function.body)
-               if isinstance(n, cst.Assign | cst.AnnAssign | cst.AugAssign) for t in edit.targets(n))
+    return any(
+        isinstance(t, cst.Name) and t.value == name
+        for n in edit.walk(function.body)
+        if isinstance(n, cst.Assign | cst.AnnAssign | cst.AugAssign)
+        for t in edit.targets(n)
+    )
 
 
 def _same_constant(values: list[Value]) -> str | None:
