@@ -6,12 +6,57 @@ from __future__ import annotations
 import libcst as cst
 
 from porter.analyze.facts import Facts
-
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 
 # Attributes that the engine, not the file, reads from a port.
 ENGINE_ATTRIBUTES = frozenset({"sampler", "config", "weight_rules", "lm_head", "model"})
+
+
+_BEFORE = """\
+import logging
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_labels = config.num_labels
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        length = input_ids.shape[-1]
+        logger.info("called")
+        return self.embed(input_ids)
+"""
+_AFTER = _BEFORE.replace(
+    "        self.num_labels = config.num_labels\n",
+    "",
+).replace(
+    """\
+        length = input_ids.shape[-1]
+        logger.info("called")
+""",
+    """\
+""",
+)
+_UNCHANGED = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        hidden_states.mul_(2.0)
+        return hidden_states
+"""
 
 
 class DropDeadCode(Pass):
@@ -19,6 +64,8 @@ class DropDeadCode(Pass):
 
     stage = Stage.STRIP
     reason = "nothing reads the result at inference"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "an operation in place changes a value that is read later"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
@@ -169,9 +216,9 @@ class _Liveness:
             if name == "register_buffer" and value.args:
                 return self._is_read(edit.code(value.args[0].value).strip("\"'"))
             if name.endswith("_") and not name.startswith("_"):
-                return bool(receiver & live) or "self" in receiver and self._attribute_live(value.func.value)
+                return bool(receiver & live) or ("self" in receiver and self._attribute_live(value.func.value))
             if name in ("append", "extend", "insert", "update"):
-                return bool(receiver & live) or "self" in receiver and self._attribute_live(value.func.value)
+                return bool(receiver & live) or ("self" in receiver and self._attribute_live(value.func.value))
         return self._sets_attributes(value)
 
     def _attribute_live(self, node: cst.BaseExpression) -> bool:
@@ -189,5 +236,3 @@ class _Liveness:
                     if self._is_read(edit.code(node.args[0].value).strip("\"'")):
                         return True
         return False
-
-
