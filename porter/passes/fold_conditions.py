@@ -10,7 +10,55 @@ from porter.analyze.facts import Facts
 from porter.analyze.interp import always_raises
 from porter.analyze.values import ClassRef, Scalar
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids, labels=None):
+        hidden_states = self.embed(input_ids)
+        if labels is not None:
+            return hidden_states.mean()
+        return hidden_states.tanh() if self.training else hidden_states
+"""
+_AFTER = _BEFORE.replace(
+    """\
+        if labels is not None:
+            return hidden_states.mean()
+        return hidden_states.tanh() if self.training else hidden_states
+""",
+    """\
+        return hidden_states
+""",
+)
+_UNCHANGED = _BEFORE.replace(
+    """\
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+""",
+    """\
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.scale = config.scale if config.scale_embeddings else 1.0
+""",
+).replace(
+    """\
+    def forward(self, input_ids, labels=None):
+        hidden_states = self.embed(input_ids)
+        if labels is not None:
+            return hidden_states.mean()
+        return hidden_states.tanh() if self.training else hidden_states
+""",
+    """\
+    def forward(self, input_ids):
+        return self.embed(input_ids) * self.scale
+""",
+)
 
 
 class FoldConditions(Pass):
@@ -21,6 +69,8 @@ class FoldConditions(Pass):
 
     stage = Stage.STRIP
     reason = "the condition is settled at inference"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "the config decides, so the port has to ask it too"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
