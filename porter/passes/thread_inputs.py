@@ -10,9 +10,66 @@ from porter.analyze.evaluate import SEQ_LENGTH, Evaluator, Point, Unevaluable
 from porter.analyze.facts import CallRecord, Facts
 from porter.analyze.values import Tensor, Value
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 
 RUNTIME = ("positions", "kv_caches", "kv_cache", "attn_metadata")
+
+
+_POSITIONS_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, input_ids, position_ids=None):
+        return self.embed(input_ids) + self.embed_positions(position_ids)
+"""
+_POSITIONS_AFTER = _POSITIONS_BEFORE.replace(
+    """\
+    def forward(self, input_ids, position_ids=None):
+        return self.embed(input_ids) + self.embed_positions(position_ids)
+""",
+    """\
+    def forward(self, input_ids, positions=None):
+        return self.embed(input_ids) + self.embed_positions(positions)
+""",
+)
+_POSITIONS_BEFORE_2 = """\
+import torch
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, input_ids):
+        places = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        return self.embed(input_ids) + self.embed_positions(places + 2)
+"""
+_POSITIONS_AFTER_2 = _POSITIONS_BEFORE_2.replace(
+    "return self.embed(input_ids) + self.embed_positions(places + 2)",
+    "return self.embed(input_ids) + self.embed_positions(positions + 2)",
+)
+_POSITIONS_UNCHANGED = _POSITIONS_BEFORE.replace(
+    "self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)",
+    "self.embed_types = nn.Embedding(config.vocab_size, config.hidden_size)",
+).replace(
+    """\
+    def forward(self, input_ids, position_ids=None):
+        return self.embed(input_ids) + self.embed_positions(position_ids)
+""",
+    """\
+    def forward(self, input_ids, positions):
+        return self.embed(input_ids) + self.embed_types(input_ids)
+""",
+)
 
 
 class UsePositions(Pass):
@@ -20,6 +77,8 @@ class UsePositions(Pass):
 
     stage = Stage.ATTEND
     reason = "the engine gives each token's position"
+    EXAMPLES = (Example(_POSITIONS_BEFORE, _POSITIONS_AFTER), Example(_POSITIONS_BEFORE_2, _POSITIONS_AFTER_2))
+    UNCHANGED = (Unchanged(_POSITIONS_UNCHANGED, "these ids are no positions"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits = _renames(facts)
@@ -59,7 +118,8 @@ def _rename(facts: Facts, function: cst.FunctionDef, name: str) -> dict[cst.CSTN
 def _is_keyword(facts: Facts, node: cst.Name) -> bool:
     above = edit.parent(facts.program.tree, node)
     return (isinstance(above, cst.Arg) and above.keyword is node) or (
-        isinstance(above, cst.Attribute) and above.attr is node)
+        isinstance(above, cst.Attribute) and above.attr is node
+    )
 
 
 def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
@@ -82,8 +142,11 @@ def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
 
 def _own_positions(function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
     """Drop what a function computes under the name `positions` itself."""
-    return {n: edit.remove for n in edit.walk(function.body) if isinstance(n, cst.Assign)
-            and [edit.code(t) for t in edit.targets(n)] == ["positions"]}
+    return {
+        n: edit.remove
+        for n in edit.walk(function.body)
+        if isinstance(n, cst.Assign) and [edit.code(t) for t in edit.targets(n)] == ["positions"]
+    }
 
 
 def _looked_up(facts: Facts, node: cst.CSTNode) -> cst.BaseExpression | None:
@@ -96,8 +159,9 @@ def _looked_up(facts: Facts, node: cst.CSTNode) -> cst.BaseExpression | None:
             return arg
     if isinstance(node, cst.Subscript) and any(v.op == "getitem" for v in values):
         index = node.slice[0].slice
-        if isinstance(index, cst.Index) and any(isinstance(v, Tensor) and v.sizes_only
-                                                for v in facts.values(index.value)):
+        if isinstance(index, cst.Index) and any(
+            isinstance(v, Tensor) and v.sizes_only for v in facts.values(index.value)
+        ):
             return index.value
     return None
 
@@ -147,8 +211,12 @@ class ThreadLayerIndex(Pass):
     def apply(self, facts: Facts) -> cst.Module:
         for function in facts.called:
             have = {p.name.value for p in edit.params_of(function)} | {
-                t.value for n in edit.walk(function.body) if isinstance(n, cst.Assign) for t in edit.targets(n)
-                if isinstance(t, cst.Name)}
+                t.value
+                for n in edit.walk(function.body)
+                if isinstance(n, cst.Assign)
+                for t in edit.targets(n)
+                if isinstance(t, cst.Name)
+            }
             if function.name.value != "__init__" or INDEX in have or not _reads_index(function):
                 continue
             edits: dict[cst.CSTNode, edit.Edit] = {function: _with_params([INDEX])}
@@ -181,6 +249,7 @@ def _with_index(name: str) -> edit.Edit:
     def change(updated: cst.Call) -> cst.Call:
         args = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in updated.args]
         return updated.with_changes(args=[*args, cst.Arg(cst.Name(name), keyword=cst.Name(INDEX), equal=_EQUAL)])
+
     return change
 
 
@@ -209,6 +278,7 @@ def _with_params(names: list[str]) -> edit.Edit:
             params.insert(place, cst.Param(cst.Name(name), comma=comma))
         params[-1] = params[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
         return updated.with_changes(params=updated.params.with_changes(params=params))
+
     return change
 
 
@@ -243,8 +313,13 @@ def _loop_index(loop: cst.For, edits: dict[cst.CSTNode, edit.Edit]) -> str:
         return edit.code(loop.target)
     edits[loop.iter] = lambda updated: cst.Call(cst.Name("enumerate"), [cst.Arg(updated)])
     edits[loop.target] = lambda updated: cst.Tuple(
-        [cst.Element(cst.Name("i")), cst.Element(edit.parenthesized(updated) if isinstance(updated, cst.Tuple)
-                                                 else updated)], lpar=[], rpar=[])
+        [
+            cst.Element(cst.Name("i")),
+            cst.Element(edit.parenthesized(updated) if isinstance(updated, cst.Tuple) else updated),
+        ],
+        lpar=[],
+        rpar=[],
+    )
     return "i"
 
 
@@ -267,6 +342,7 @@ def _with_args(record: CallRecord, values: dict[str, str]) -> edit.Edit:
             else:
                 args.append(cst.Arg(edit.parse(value), keyword=cst.Name(name), equal=_EQUAL))
         return updated.with_changes(args=args, whitespace_before_args=cst.SimpleWhitespace(""))
+
     return change
 
 
@@ -283,5 +359,4 @@ def _positional(args: list[cst.Arg], params: list[str]) -> list[cst.Arg]:
     if set(rest) != set(named):
         return args
     clean = cst.SimpleWhitespace("")
-    return [*[a.with_changes(whitespace_after_arg=clean) for a in bare],
-            *[cst.Arg(named[n].value) for n in rest]]
+    return [*[a.with_changes(whitespace_after_arg=clean) for a in bare], *[cst.Arg(named[n].value) for n in rest]]
