@@ -183,11 +183,52 @@ def _counts(values: list[Value]) -> bool:
     return True
 
 
+_INPUTS_BEFORE = """\
+from torch import nn
+
+
+class OakAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.attn(hidden_states, kv_cache, attn_metadata)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([OakAttention(config) for _ in range(config.num_layers)])
+
+    def forward(self, input_ids, positions, kv_caches, attn_metadata):
+        hidden_states = self.embed(input_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+"""
+_INPUTS_AFTER = _INPUTS_BEFORE.replace(
+    "def forward(self, hidden_states):",
+    "def forward(self, hidden_states, kv_cache, attn_metadata):",
+).replace(
+    """\
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+""",
+    """\
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, kv_caches[i], attn_metadata)
+""",
+)
+
+
 class ThreadInputs(Pass):
     """What the attention layers need travels as plain arguments, named alike everywhere."""
 
     stage = Stage.ATTEND
     reason = "the attention layers need positions, their cache and the batch's metadata"
+    EXAMPLES = (Example(_INPUTS_BEFORE, _INPUTS_AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
