@@ -11,16 +11,104 @@ from porter.analyze.poly import BATCH, SEQ, Poly
 from porter.analyze.values import ONE, Scalar, Sequence, Shape, Tensor, Value
 from porter.errors import Refusal
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 
-LAYOUT = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "expand",
-                    "broadcast_to", "expand_as", "view_as", "reshape_as", "contiguous", "getitem"})
+LAYOUT = frozenset(
+    {
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "permute",
+        "expand",
+        "broadcast_to",
+        "expand_as",
+        "view_as",
+        "reshape_as",
+        "contiguous",
+        "getitem",
+    }
+)
 # Where an operation takes its dim when it is not a keyword: method position after the receiver.
-DIM_AT = {"softmax": 0, "log_softmax": 0, "mean": 0, "sum": 0, "max": 0, "min": 0, "argmax": 0, "cumsum": 0,
-          "prod": 0, "norm": 1, "split": 1, "chunk": 1, "topk": 1, "unbind": 0, "cat": 0, "stack": 0, "gather": 0,
-          "repeat_interleave": 1, "var": 0, "std": 0, "amax": 0, "all": 0, "any": 0, "logsumexp": 0, "sort": 0,
-          "split_with_sizes": 1, "flip": 0}
+DIM_AT = {
+    "softmax": 0,
+    "log_softmax": 0,
+    "mean": 0,
+    "sum": 0,
+    "max": 0,
+    "min": 0,
+    "argmax": 0,
+    "cumsum": 0,
+    "prod": 0,
+    "norm": 1,
+    "split": 1,
+    "chunk": 1,
+    "topk": 1,
+    "unbind": 0,
+    "cat": 0,
+    "stack": 0,
+    "gather": 0,
+    "repeat_interleave": 1,
+    "var": 0,
+    "std": 0,
+    "amax": 0,
+    "all": 0,
+    "any": 0,
+    "logsumexp": 0,
+    "sort": 0,
+    "split_with_sizes": 1,
+    "flip": 0,
+}
 TOKEN_COUNT = "token_count_of_the_batch"
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.num_groups = config.num_groups
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        batch, length, width = hidden_states.shape
+        groups = hidden_states.view(batch, length, self.num_groups, width // self.num_groups)
+        groups = groups.transpose(1, 2).softmax(dim=3).transpose(1, 2)
+        return groups.reshape(batch, length, width)
+"""
+_AFTER = _BEFORE.replace(
+    """\
+        batch, length, width = hidden_states.shape
+        groups = hidden_states.view(batch, length, self.num_groups, width // self.num_groups)
+        groups = groups.transpose(1, 2).softmax(dim=3).transpose(1, 2)
+        return groups.reshape(batch, length, width)
+""",
+    """\
+        width = hidden_states.shape[-1]
+        groups = hidden_states.unflatten(-1, (self.num_groups, width // self.num_groups))
+        groups = groups.softmax(dim=-1)
+        return groups.flatten(-2)
+""",
+)
+_UNCHANGED = _BEFORE.replace(
+    "        self.num_groups = config.num_groups\n",
+    "",
+).replace(
+    """\
+        batch, length, width = hidden_states.shape
+        groups = hidden_states.view(batch, length, self.num_groups, width // self.num_groups)
+        groups = groups.transpose(1, 2).softmax(dim=3).transpose(1, 2)
+        return groups.reshape(batch, length, width)
+""",
+    """\
+        return hidden_states / hidden_states.norm(dim=-1, keepdim=True)
+""",
+)
 
 
 class FlattenTokens(Pass):
@@ -32,6 +120,8 @@ class FlattenTokens(Pass):
 
     stage = Stage.FLATTEN
     reason = "tokens are flat: [num_tokens, ...]"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "a dim counted from the end is the same dim of a token"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
@@ -76,8 +166,15 @@ def _flatten(facts: Facts, node: cst.CSTNode) -> dict[cst.CSTNode, edit.Edit]:
         if sizes and len(sizes) == len(values) and edit.code(node).endswith(("]", ")")) and _is_size(node):
             return _size(facts, node, sizes)
     made = [v for v in values if isinstance(v, Tensor) and v.node is node and v.args]
-    pieces = [v.items[0] for v in values if isinstance(v, Sequence) and v.op in ("pieces", "record", "tuple") and v.items
-              and isinstance(v.items[0], Tensor) and v.items[0].node is node]
+    pieces = [
+        v.items[0]
+        for v in values
+        if isinstance(v, Sequence)
+        and v.op in ("pieces", "record", "tuple")
+        and v.items
+        and isinstance(v.items[0], Tensor)
+        and v.items[0].node is node
+    ]
     if made:
         return _operation(facts, node, made)
     if pieces:
@@ -91,7 +188,7 @@ def _is_size(node: cst.BaseExpression) -> bool:
     return isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute) and node.func.attr.value == "size"
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 
 def _unpacked_shape(facts: Facts, node: cst.Assign) -> dict[cst.CSTNode, edit.Edit]:
@@ -99,8 +196,9 @@ def _unpacked_shape(facts: Facts, node: cst.Assign) -> dict[cst.CSTNode, edit.Ed
     shapes = [v for v in facts.values(node.value) if isinstance(v, Sequence) and v.op in ("shape", "part")]
     target = node.targets[0].target
     assert isinstance(target, cst.Tuple)
-    if not shapes or not any(isinstance(i, Scalar) and i.size is not None and i.size.has_tokens
-                             for i in shapes[0].items):
+    if not shapes or not any(
+        isinstance(i, Scalar) and i.size is not None and i.size.has_tokens for i in shapes[0].items
+    ):
         return {}
     code = edit.code(node.value)
     base = code.removesuffix(".size()").removesuffix(".shape")
@@ -131,20 +229,21 @@ def _size(facts: Facts, node: cst.BaseExpression, sizes: list[Scalar]) -> dict[c
     if source.shape[index.const].has_tokens:
         return {node: edit.replace(TOKEN_COUNT)}
     place = index.const - len(source.shape)
-    text = edit.code(node.value if isinstance(node, cst.Subscript) else node.func.value)  # type: ignore[attr-defined]
+    text = edit.code(node.value if isinstance(node, cst.Subscript) else node.func.value)
     base = text.removesuffix(".shape").removesuffix(".size()")
     return {node: edit.replace(f"{base}.shape[{place}]")}
 
 
-# -- operations ------------------------------------------------------------------------------------------------------------
+# -- operations ------------------------------------------------------------------------------------
 
 
 def _operation(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTNode, edit.Edit]:
     if all(_is_device_move(v) for v in made):
         return {node: _receiver}
     sources = [v.args[0] for v in made]
-    if not any(_apart(v.shape) or (isinstance(s, Tensor) and _apart(s.shape))
-               for v, s in zip(made, sources, strict=True)):
+    if not any(
+        _apart(v.shape) or (isinstance(s, Tensor) and _apart(s.shape)) for v, s in zip(made, sources, strict=True)
+    ):
         return {node: _receiver} if all(v.op == "contiguous" for v in made) else {}
     if all(v.op in LAYOUT for v in made):
         return _layout(facts, node, made)
@@ -207,8 +306,9 @@ def _method(updated: Any, call: str) -> cst.BaseExpression:
     return edit.parse(f"{edit.code(edit.parenthesized(_receiver(updated)))}.{call}")
 
 
-def _permuted(facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...],
-              after: tuple[Any, ...]) -> dict[cst.CSTNode, edit.Edit]:
+def _permuted(
+    facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
+) -> dict[cst.CSTNode, edit.Edit]:
     source = value.args[0]
     assert isinstance(source, Tensor) and source.shape is not None
     kept = [i for i in value.attrs["order"] if not source.shape[i].has_tokens]
@@ -219,8 +319,9 @@ def _permuted(facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any,
     return {node: lambda updated: _method(updated, f"permute({', '.join(map(str, order))})")}
 
 
-def _reshaped(facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...],
-              after: tuple[Any, ...]) -> dict[cst.CSTNode, edit.Edit]:
+def _reshaped(
+    facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
+) -> dict[cst.CSTNode, edit.Edit]:
     """A view that splits or merges dims of a token."""
     if _rank_agnostic(value):
         return {}
@@ -270,7 +371,7 @@ def _indexed(facts: Facts, node: cst.CSTNode, value: Tensor) -> dict[cst.CSTNode
     elements = list(node.slice)
     if any(edit.code(e.slice) == "..." for e in elements):
         first = elements[0]
-        if edit.code(first.slice) == "..." and not any(s.has_tokens for s in source.shape[-(len(elements) - 1):]):
+        if edit.code(first.slice) == "..." and not any(s.has_tokens for s in source.shape[-(len(elements) - 1) :]):
             return {}
         raise _refuse(facts, node, "it indexes around an ellipsis")
     kept: list[str] = []
@@ -351,5 +452,10 @@ def _unknown(facts: Facts, node: cst.CSTNode, value: Tensor) -> Refusal:
 
 def _refuse(facts: Facts, node: cst.CSTNode, why: str) -> Refusal:
     code = " ".join(edit.code(node).split())
-    return Refusal("", line_of(facts.program.tree, node), code if len(code) < 90 else code[:87] + "...", why,
-                   "rewrite it for one token at a time, or port this module by hand")
+    return Refusal(
+        "",
+        line_of(facts.program.tree, node),
+        code if len(code) < 90 else code[:87] + "...",
+        why,
+        "rewrite it for one token at a time, or port this module by hand",
+    )
