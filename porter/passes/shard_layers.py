@@ -12,12 +12,57 @@ from porter.analyze.program import full_name
 from porter.analyze.values import Instance, Layer, Scalar, Tensor, Value
 from porter.passes import edit
 from porter.passes.attend import LINEAR
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage
 
 EMBEDDING = "porter.runtime.layers.embedding"
 THROUGH = ELEMENTWISE | RESHAPES
-ROLES = {"row": "RowParallelLinear", "column": "ColumnParallelLinear", "replicated": "ReplicatedLinear",
-         "head": "ParallelLMHead", "embedding": "VocabParallelEmbedding"}
+ROLES = {
+    "row": "RowParallelLinear",
+    "column": "ColumnParallelLinear",
+    "replicated": "ReplicatedLinear",
+    "head": "ParallelLMHead",
+    "embedding": "VocabParallelEmbedding",
+}
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wi = nn.Linear(config.hidden_size, config.inner_size)
+        self.wo = nn.Linear(config.inner_size, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids):
+        return self.lm_head(self.wo(self.wi(self.embed(input_ids)).relu()))
+"""
+_AFTER = _BEFORE.replace(
+    """\
+from torch import nn
+""",
+    """\
+from torch import nn
+from porter.runtime.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from porter.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
+""",
+).replace(
+    """\
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wi = nn.Linear(config.hidden_size, config.inner_size)
+        self.wo = nn.Linear(config.inner_size, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+""",
+    """\
+        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.wi = ColumnParallelLinear(config.hidden_size, config.inner_size)
+        self.wo = RowParallelLinear(config.inner_size, config.hidden_size)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, bias=False)
+""",
+)
 
 
 class ShardLayers(Pass):
@@ -29,6 +74,7 @@ class ShardLayers(Pass):
     stage = Stage.SHARD
     flat = True
     reason = "its values flow so that it can be split over ranks this way"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         roles = _roles(facts)
@@ -53,7 +99,7 @@ def _roles(facts: Facts) -> dict[cst.CSTNode, set[str]]:
                 continue
             for value in values:
                 layer = _made(value)
-                if layer is not None and layer.node is node or _is_linear_instance(value, node):
+                if (layer is not None and layer.node is node) or _is_linear_instance(value, node):
                     roles[node].add(by_layer.get(id(layer), "unused"))
     for seen in roles.values():
         if len(seen) > 1:
@@ -99,8 +145,11 @@ def _world_roles(world: World) -> list[tuple[Layer, str]]:
         elif id(value) in rows and all(_safe(flows, s, ends) for s in rows[id(value)]):
             give(value, "row")
             for source in rows[id(value)]:
-                if source.op == "linear" and (layer := layer_of(source)) is not None and layer.kind in (
-                        "linear", "conv1d"):
+                if (
+                    source.op == "linear"
+                    and (layer := layer_of(source)) is not None
+                    and layer.kind in ("linear", "conv1d")
+                ):
                     give(source, "column")
     for value in flows.linears():
         layer = layer_of(value)
@@ -143,8 +192,9 @@ def _head(world: World) -> Tensor | None:
     return found[0] if found and isinstance(found[0], Tensor) else None
 
 
-def _create(facts: Facts, node: cst.Call, roles: dict[cst.CSTNode, set[str]],
-            imports: dict[str, set[str]]) -> dict[cst.CSTNode, edit.Edit]:
+def _create(
+    facts: Facts, node: cst.Call, roles: dict[cst.CSTNode, set[str]], imports: dict[str, set[str]]
+) -> dict[cst.CSTNode, edit.Edit]:
     name = full_name(node.func).rsplit(".", 1)[-1]
     if node not in roles or name in ROLES.values():
         return {}
@@ -166,8 +216,13 @@ def _create(facts: Facts, node: cst.Call, roles: dict[cst.CSTNode, set[str]],
 def _has_own_forward(facts: Facts, value: object) -> bool:
     """An embedding subclass that computes more than the lookup stays a class of the port."""
     layer = _made(value)
-    return isinstance(value, Instance) and value.cls is not None and layer is not None and layer.kind == "embedding" \
+    return (
+        isinstance(value, Instance)
+        and value.cls is not None
+        and layer is not None
+        and layer.kind == "embedding"
         and facts.program.method(value.cls, "forward") is not None
+    )
 
 
 def _subclasses(facts: Facts, imports: dict[str, set[str]]) -> dict[cst.CSTNode, edit.Edit]:
@@ -219,5 +274,12 @@ def _arguments(node: cst.Call, kinds: set[str], role: str) -> list[str]:
     bias = get(2, "bias")
     sizes = [outputs, inputs] if role == "head" else [inputs, outputs]
     default = "False" if role == "head" else "True"
-    return [*sizes, f"bias={bias}"] if bias and bias != default else [*sizes, "bias=True"] if (
-        role == "head" and not bias) else [*sizes, "bias=False"] if bias == "False" else sizes
+    return (
+        [*sizes, f"bias={bias}"]
+        if bias and bias != default
+        else [*sizes, "bias=True"]
+        if (role == "head" and not bias)
+        else [*sizes, "bias=False"]
+        if bias == "False"
+        else sizes
+    )
