@@ -6,12 +6,42 @@ import libcst as cst
 
 from porter.analyze.facts import Facts
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage
 
-TAKES = frozenset({"ColumnParallelLinear", "RowParallelLinear", "ReplicatedLinear", "MergedColumnParallelLinear",
-                   "QKVParallelLinear", "VocabParallelEmbedding", "ParallelLMHead", "FusedMoE"})
+TAKES = frozenset(
+    {
+        "ColumnParallelLinear",
+        "RowParallelLinear",
+        "ReplicatedLinear",
+        "MergedColumnParallelLinear",
+        "QKVParallelLinear",
+        "VocabParallelEmbedding",
+        "ParallelLMHead",
+        "FusedMoE",
+    }
+)
 NAME = "linear_method"
 _EQUAL = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+
+
+_BEFORE = """\
+from torch import nn
+from porter.runtime.layers.embedding import VocabParallelEmbedding
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config, linear_method=None):
+        super().__init__()
+        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.position_table = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, input_ids, positions):
+        return self.embed(input_ids) + self.position_table(positions)
+"""
+_AFTER = _BEFORE.replace(
+    "self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size)",
+    "self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, linear_method=linear_method)",
+)
 
 
 class ThreadLinearMethod(Pass):
@@ -20,6 +50,7 @@ class ThreadLinearMethod(Pass):
     stage = Stage.FUSE
     flat = True
     reason = "every linear and embedding can be quantized"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
@@ -33,7 +64,7 @@ class ThreadLinearMethod(Pass):
 
 
 def _passes(node: cst.Call) -> bool:
-    return any(a.keyword is not None and a.keyword.value == NAME or edit.code(a.value) == NAME for a in node.args)
+    return any((a.keyword is not None and a.keyword.value == NAME) or edit.code(a.value) == NAME for a in node.args)
 
 
 def _with_argument(updated: cst.Call) -> cst.Call:
