@@ -9,9 +9,67 @@ from porter.analyze.facts import CallRecord, Facts
 from porter.analyze.poly import Poly
 from porter.analyze.values import Instance, Layer, Tensor, Value
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 
 MOE = "porter.runtime.layers.moe"
+
+
+_BEFORE = """\
+import torch
+from torch import nn
+
+
+class OakExperts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.inner_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.inner_size))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        final = torch.zeros_like(hidden_states)
+        expert_mask = nn.functional.one_hot(top_k_index, num_classes=self.num_experts).permute(2, 1, 0)
+        for expert_idx in expert_mask.sum(dim=(-1, -2)).nonzero():
+            expert_idx = expert_idx[0]
+            position, token = torch.where(expert_mask[expert_idx])
+            current = hidden_states[token]
+            gate, up = nn.functional.linear(current, self.gate_up_proj[expert_idx]).chunk(2, dim=-1)
+            current = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert_idx])
+            current = current * top_k_weights[token, position, None]
+            final.index_add_(0, token, current.to(final.dtype))
+        return final
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.top_k
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.router = nn.Linear(config.hidden_size, config.num_experts)
+        self.experts = OakExperts(config)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        weights, chosen = torch.topk(self.router(hidden_states).softmax(dim=-1), self.top_k, dim=-1)
+        return self.experts(hidden_states, chosen, weights)
+"""
+_AFTER = _BEFORE.replace(
+    """\
+from torch import nn
+""",
+    """\
+from torch import nn
+from porter.runtime.layers.moe import FusedMoE
+""",
+).replace(
+    "self.experts = OakExperts(config)",
+    "self.experts = FusedMoE(config.num_experts, config.hidden_size, config.inner_size, 'silu')",
+)
+_UNCHANGED = _BEFORE.replace(
+    "current = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert_idx])",
+    "current = nn.functional.linear(self.act_fn(gate) * (up + 1), self.down_proj[expert_idx])",
+)
 
 
 class FuseExperts(Pass):
@@ -20,6 +78,8 @@ class FuseExperts(Pass):
     stage = Stage.FUSE
     flat = True
     reason = "the loop over experts computes exactly a fused mixture of experts"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "the experts are not plainly gated: one is added to up"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
