@@ -243,11 +243,52 @@ class ThreadInputs(Pass):
         return edit.rewrite(facts.program.tree, edits)
 
 
+_INDEX_BEFORE = """\
+from torch import nn
+
+
+class OakBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.scale = config.scales[layer_idx]
+
+    def forward(self, hidden_states):
+        return hidden_states * self.scale
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([OakBlock(config) for i in range(config.num_layers)])
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+"""
+_INDEX_AFTER = _INDEX_BEFORE.replace(
+    """\
+class OakBlock(nn.Module):
+    def __init__(self, config):
+""",
+    """\
+class OakBlock(nn.Module):
+    def __init__(self, config, layer_idx):
+""",
+).replace(
+    "self.layers = nn.ModuleList([OakBlock(config) for i in range(config.num_layers)])",
+    "self.layers = nn.ModuleList([OakBlock(config, layer_idx=i) for i in range(config.num_layers)])",
+)
+
+
 class ThreadLayerIndex(Pass):
     """A layer whose traits depend on its number is told its number."""
 
     stage = Stage.ATTEND
     reason = "the layer's traits depend on its number"
+    EXAMPLES = (Example(_INDEX_BEFORE, _INDEX_AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         for function in facts.called:
