@@ -6,7 +6,31 @@ import libcst as cst
 
 from porter.analyze.facts import Facts, World
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.bias = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        extra = self.bias(hidden_states) if self.config.use_extra else None
+        if extra is None:
+            return hidden_states
+        return hidden_states + extra
+"""
+_AFTER = _BEFORE.replace(
+    "if extra is None:",
+    "if not self.config.use_extra:",
+)
 
 
 class NameConditions(Pass):
@@ -14,6 +38,7 @@ class NameConditions(Pass):
 
     stage = Stage.ATTEND
     reason = "the condition is a choice of the config"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
