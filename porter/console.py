@@ -13,7 +13,16 @@ from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -86,7 +95,8 @@ def diff(lines: Iterable[str]) -> None:
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Advance]:
     """A bar on stderr that goes away when done; call the given function with what is being done next."""
-    columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), TextColumn("{task.description:<50.50}"), TimeElapsedColumn())
+    text = TextColumn("{task.description:<50.50}")
+    columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), text, TimeElapsedColumn())
     if total is not None:
         columns = (*columns, BarColumn(bar_width=12), MofNCompleteColumn())
     console = _stderr()

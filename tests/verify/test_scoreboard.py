@@ -51,7 +51,19 @@ def test_rows_say_what_became_of_each_source(tmp_path: Path) -> None:
     assert rows[2]["reason"] == "refused: bad.py:3: x: why; do this"
     table = [line for line in (tmp_path / "scoreboard.md").read_text().splitlines() if line.startswith("|")]
     assert (len(table), {line.count("|") for line in table}) == (5, {table[0].count("|")})
-    assert "| good | abcdef12 |" in table[2]
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert (cells[0], cells[2], cells[4], cells[-1]) == ("good", "abcdef12", "1", "verified")
+
+
+@pytest.mark.usefixtures("_fakes")
+def test_rows_that_were_not_asked_for_stay(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(scoreboard.main)
+    for names in (["good", "old=half"], ["old=good"]):
+        result = CliRunner().invoke(app, [*names, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "scoreboard.json").read_text())["rows"]
+    assert [(row["name"], row["verified"]) for row in rows] == [("good", True), ("old", True)]
+    assert result.exit_code == 0
 
 
 def test_the_default_list_holds_the_fourteen() -> None:
