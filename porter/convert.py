@@ -20,7 +20,7 @@ from porter.analyze.program import Program
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
 from porter.errors import ConversionError, Refusal, SourceError
-from porter.passes.attend import read_attention
+from porter.passes.attend import read_attention, turns_queries
 from porter.passes.base import Pass, Stage, discover
 from porter.source import Source
 
@@ -39,8 +39,14 @@ class Edit:
     reason: str
 
     def as_json(self) -> dict[str, Any]:
-        return {"pass": self.name, "stage": self.stage, "line": self.line, "before": self.before, "after": self.after,
-                "reason": self.reason}
+        return {
+            "pass": self.name,
+            "stage": self.stage,
+            "line": self.line,
+            "before": self.before,
+            "after": self.after,
+            "reason": self.reason,
+        }
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ def _convert(source: Source, target: str) -> Conversion:
         for stage in Stage:
             work.run_stage(stage)
         facts = work.facts()
+        if work.turns and not turns_queries(facts):
+            raise Refusal("", 0, "rotation of queries and keys", "it did not survive the rewriting", "report this file")
         rules = derive(source, work.original, facts, work.notes)
         code = emit(source, facts, rules, target)
     except Refusal as refusal:
@@ -110,11 +118,13 @@ class _Work:
         self.lines = list(range(1, self.tree.code.count("\n") + 2))  # source line of each line now
         self.flat = False
         self.checked = False
+        self.turns = False
         self._facts: Facts | None = None
 
     def check(self) -> None:
         """Read every attention on every path of the file as it came, so that a refusal names its own lines."""
         read_attention(self.facts())
+        self.turns = turns_queries(self.facts())
         self.checked = True
         self._facts = None
 
@@ -184,8 +194,9 @@ def _parse(text: str, name: str) -> cst.Module:
     try:
         return cst.parse_module(text)
     except cst.ParserSyntaxError as error:
-        raise SourceError(f"{name} is not valid Python (line {error.raw_line}: {error.message})",
-                          "is the file complete?") from error
+        raise SourceError(
+            f"{name} is not valid Python (line {error.raw_line}: {error.message})", "is the file complete?"
+        ) from error
 
 
 def _module_name(source: Source) -> str:
@@ -206,7 +217,9 @@ def _spec(facts: Facts, rules: Any, work: _Work) -> dict[str, Any]:
     }
 
 
-def _manifest(source: Source, facts: Facts, target: str, code: str, spec: dict[str, Any], work: _Work) -> dict[str, Any]:
+def _manifest(
+    source: Source, facts: Facts, target: str, code: str, spec: dict[str, Any], work: _Work
+) -> dict[str, Any]:
     return {
         "porter": __version__,
         "architecture": facts.entry.name,

@@ -37,9 +37,19 @@ def emit(source: Source, facts: Facts, rules: Rules, target: str) -> str:
     """
     tree = _with_entry(facts, rules, target)
     body, imports = _split_imports(tree)
-    text = _render(target, "module.py.j2", {
-        "header": _header(tree), "source": source.name, "sha256": source.sha256, "version": __version__,
-        "title": _title(facts.entry.name), "imports": _import_lines(imports, body, target), "body": body})
+    text = _render(
+        target,
+        "module.py.j2",
+        {
+            "header": _header(tree),
+            "source": source.name,
+            "sha256": source.sha256,
+            "version": __version__,
+            "title": _title(facts.entry.name),
+            "imports": _import_lines(imports, body, target),
+            "body": body,
+        },
+    )
     text = _formatted(text)
     _check_names(text)
     return text
@@ -48,8 +58,12 @@ def emit(source: Source, facts: Facts, rules: Rules, target: str) -> str:
 def _render(target: str, template: str, values: dict[str, Any]) -> str:
     import jinja2
 
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("porter"), undefined=jinja2.StrictUndefined,
-                                     keep_trailing_newline=True, autoescape=False)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("porter"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
     return environment.get_template(f"{target}/{template}").render(**values)
 
 
@@ -68,7 +82,7 @@ def target_settings(target: str) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-# -- the entry class -----------------------------------------------------------------------------------------------------
+# -- the entry class -------------------------------------------------------------------------------
 
 
 class _Entry(cst.CSTTransformer):
@@ -101,7 +115,7 @@ def _with_entry(facts: Facts, rules: Rules, target: str) -> cst.Module:
     return edit.add_imports(tree, ENTRY_IMPORTS)
 
 
-# -- imports -------------------------------------------------------------------------------------------------------------
+# -- imports ---------------------------------------------------------------------------------------
 
 
 def _split_imports(tree: cst.Module) -> tuple[str, dict[str, str]]:
@@ -124,7 +138,8 @@ def _import_lines(imports: dict[str, str], body: str, target: str) -> list[str]:
     """Sorted import lines for the names that the body reads; what the target does not allow is refused."""
     settings = target_settings(target)
     read = edit.names_read(cst.parse_module(body)) | {
-        n.value for n in edit.walk(cst.parse_module(body)) if isinstance(n, cst.Name)}
+        n.value for n in edit.walk(cst.parse_module(body)) if isinstance(n, cst.Name)
+    }
     grouped: dict[str, set[str]] = {}
     plain: set[str] = set()
     for local, full in imports.items():
@@ -145,21 +160,28 @@ def _allow(module: str, name: str, settings: dict[str, Any]) -> None:
     root = module.split(".")[0]
     fine = any(module == a or module.startswith(f"{a}.") for a in settings["imports"])
     if not fine or (root == "transformers" and name not in settings["from_transformers"]):
-        raise Refusal("", 0, f"{module}.{name}", "the port would still need it, and the runtime has nothing for it",
-                      "replace it in the source by plain torch")
+        raise Refusal(
+            "",
+            0,
+            f"{module}.{name}",
+            "the port would still need it, and the runtime has nothing for it",
+            "replace it in the source by plain torch",
+        )
 
 
 def _ordered(plain: set[str], grouped: dict[str, set[str]]) -> list[str]:
     """Standard library, third party, porter: each sorted, with a line between."""
     lines = sorted(plain) + [f"from {m} import {', '.join(sorted(n))}" for m, n in sorted(grouped.items())]
+
     def rank(line: str) -> int:
         module = line.split()[1].split(".")[0]
         return 2 if module == "porter" else 1 if module in ("torch", "transformers") else 0
+
     blocks = [[x for x in lines if rank(x) == r] for r in range(3)]
     return [line for block in blocks if block for line in ["", *block]][1:]
 
 
-# -- the look ------------------------------------------------------------------------------------------------------------
+# -- the look --------------------------------------------------------------------------------------
 
 
 def _header(tree: cst.Module) -> str:
@@ -167,8 +189,17 @@ def _header(tree: cst.Module) -> str:
     first = tree.body[0] if tree.body else None
     leading = [*tree.header, *(getattr(first, "leading_lines", ()) or ())]
     lines = [x.comment.value for x in leading if x.comment is not None]
-    kept = [x for x in lines if "🚨" not in x and "modular_" not in x and "Do NOT edit" not in x and "coding=" not in x
-            and "auto-generated" not in x and "automatically generated" not in x and "the file from the modular" not in x]
+    kept = [
+        x
+        for x in lines
+        if "🚨" not in x
+        and "modular_" not in x
+        and "Do NOT edit" not in x
+        and "coding=" not in x
+        and "auto-generated" not in x
+        and "automatically generated" not in x
+        and "the file from the modular" not in x
+    ]
     return "\n".join([*kept, "#"]) if kept else "#"
 
 
@@ -182,7 +213,7 @@ def _formatted(text: str) -> str:
     return black.format_str(text, mode=black.Mode(line_length=LINE_LENGTH))
 
 
-# -- the last check ------------------------------------------------------------------------------------------------------
+# -- the last check --------------------------------------------------------------------------------
 
 
 def _check_names(text: str) -> None:
@@ -190,21 +221,45 @@ def _check_names(text: str) -> None:
     try:
         table = symtable.symtable(text, "port", "exec")
     except SyntaxError as error:
-        raise Refusal("", error.lineno or 0, "the rewritten file", f"it is no valid Python ({error.msg})",
-                      "report this as a bug of porter") from error
+        raise Refusal(
+            "",
+            error.lineno or 0,
+            "the rewritten file",
+            f"it is no valid Python ({error.msg})",
+            "report this as a bug of porter",
+        ) from error
     top = {s.get_name() for s in table.get_symbols()}
     for name in sorted(_undefined(table, top)):
-        raise Refusal("", 0, name, "the rewritten file reads it but nothing defines it any more: it depends on the "
-                      "batch's shape or on what serving does not have", "rewrite that part of the source")
+        raise Refusal(
+            "",
+            0,
+            name,
+            "the rewritten file reads it but nothing defines it any more: it depends on the "
+            "batch's shape or on what serving does not have",
+            "rewrite that part of the source",
+        )
 
 
 def _undefined(table: symtable.SymbolTable, top: set[str]) -> set[str]:
-    found = {s.get_name() for s in table.get_symbols()
-             if s.is_referenced() and s.is_global() and s.get_name() not in top and not hasattr(builtins, s.get_name())
-             and s.get_name() not in ("__class__", "super")}
+    found = {
+        s.get_name()
+        for s in table.get_symbols()
+        if s.is_referenced()
+        and s.is_global()
+        and s.get_name() not in top
+        and not hasattr(builtins, s.get_name())
+        and s.get_name() not in ("__class__", "super")
+    }
     if table.get_type() == "module":
-        found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and not s.is_assigned()
-                 and not s.is_imported() and not s.is_namespace() and not hasattr(builtins, s.get_name())}
+        found = {
+            s.get_name()
+            for s in table.get_symbols()
+            if s.is_referenced()
+            and not s.is_assigned()
+            and not s.is_imported()
+            and not s.is_namespace()
+            and not hasattr(builtins, s.get_name())
+        }
     for child in table.get_children():
         found |= _undefined(child, top)
     return found

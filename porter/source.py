@@ -50,9 +50,10 @@ def load(spec: str) -> Source:
         found = sorted(path.glob("modeling_*.py"))
         if len(found) == 1:
             return _from_file(found[0])
-        raise SourceError(f"{path} has no config.json and {len(found) or 'no'} modeling files",
-                          "name one modeling_*.py file")
-    if spec.endswith(".py") or "/" in spec and path.suffix:
+        raise SourceError(
+            f"{path} has no config.json and {len(found) or 'no'} modeling files", "name one modeling_*.py file"
+        )
+    if spec.endswith(".py") or ("/" in spec and path.suffix):
         raise SourceError(f"{path} does not exist", "check the path")
     return _from_transformers(spec)
 
@@ -73,8 +74,10 @@ def _from_transformers(name: str) -> Source:
     model_type = name.replace("-", "_")
     path = models_folder() / model_type / f"modeling_{model_type}.py"
     if not path.is_file():
-        raise SourceError(f"{name!r} is no file, checkpoint folder or model type of transformers "
-                          f"{version('transformers')}", _similar(model_type))
+        raise SourceError(
+            f"{name!r} is no file, checkpoint folder or model type of transformers {version('transformers')}",
+            _similar(model_type),
+        )
     return _read(path, name, model_type, None)
 
 
@@ -134,5 +137,6 @@ def _from_checkpoint(folder: Path) -> Source:
     if not model_type:
         raise SourceError(f"{folder / 'config.json'} names neither auto_map nor model_type", "name a modeling file")
     found = _from_transformers(str(model_type))
-    return Source(found.name, found.text, found.path, found.config_text, found.model_type, architecture,
-                  found.transformers)
+    return Source(
+        found.name, found.text, found.path, found.config_text, found.model_type, architecture, found.transformers
+    )

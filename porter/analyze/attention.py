@@ -16,14 +16,66 @@ from porter.analyze.facts import World
 from porter.analyze.poly import Poly
 from porter.analyze.values import Mask, Scalar, Sequence, Tensor, Value, const, is_none
 
-LAYOUT = frozenset("view reshape permute contiguous unsqueeze squeeze flatten unflatten expand broadcast_to expand_as "
-                   "repeat_interleave repeat to type type_as float clone getitem piece row shard bfloat16 half".split())
-CASTS = frozenset("to type type_as float contiguous clone half bfloat16 double".split())
+LAYOUT = frozenset(
+    [
+        "view",
+        "reshape",
+        "permute",
+        "contiguous",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "expand",
+        "broadcast_to",
+        "expand_as",
+        "repeat_interleave",
+        "repeat",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "clone",
+        "getitem",
+        "piece",
+        "row",
+        "shard",
+        "bfloat16",
+        "half",
+    ]
+)
+CASTS = frozenset(["to", "type", "type_as", "float", "contiguous", "clone", "half", "bfloat16", "double"])
 PROJECTED = frozenset({"linear", "embedding", "attention", "rms_norm", "layer_norm", "paged_attention"})
-IGNORED = frozenset({"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "dropout_p", "is_causal",
-                     "output_attentions", "use_cache", "position_ids", "cache_position", "position_embeddings",
-                     "enable_gqa", "sliding_window", "softcap", "s_aux", "logits_soft_cap", "target_dtype",
-                     "use_top_left_mask", "seq_idx", "past_key_values", "past_key_value", "layer_past", "deterministic"})
+IGNORED = frozenset(
+    {
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+        "scaling",
+        "dropout",
+        "dropout_p",
+        "is_causal",
+        "output_attentions",
+        "use_cache",
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "enable_gqa",
+        "sliding_window",
+        "softcap",
+        "s_aux",
+        "logits_soft_cap",
+        "target_dtype",
+        "use_top_left_mask",
+        "seq_idx",
+        "past_key_values",
+        "past_key_value",
+        "layer_past",
+        "deterministic",
+    }
+)
 
 
 class NotUnderstood(Exception):
@@ -116,7 +168,9 @@ def _complete_somewhere(core: Core, point: Point) -> None:
 def point_for(world: World) -> Point:
     """A point at which the conditions of the path hold as they were taken, as far as numbers decide them."""
     best: tuple[int, Point] | None = None
-    flags = {k.removeprefix("config."): float(v) for k, v in world.decisions if k.removeprefix("config.").isidentifier()}
+    flags = {
+        k.removeprefix("config."): float(v) for k, v in world.decisions if k.removeprefix("config.").isidentifier()
+    }
     for heads in (4, 6):
         point = Point(heads, fields=flags)
         wrong = 0
@@ -132,7 +186,7 @@ def point_for(world: World) -> Point:
     return best[1]
 
 
-# -- reading the scores --------------------------------------------------------------------------------------------------
+# -- reading the scores ----------------------------------------------------------------------------
 
 
 def _softmax_of(product: Tensor) -> Tensor | None:
@@ -160,7 +214,8 @@ def _from_interface(value: Tensor) -> Core:
     strange = [k for k, v in given.items() if k not in IGNORED and not _off(v)]
     if strange:
         raise NotUnderstood(f"the attention call passes {', '.join(sorted(strange))}, which no trait stands for")
-    core = Core(value, *(_tensor(given.get(k), k) for k in ("query", "key", "value")))
+    query, key, content = (_tensor(given.get(k), k) for k in ("query", "key", "value"))
+    core = Core(value, query, key, content)
     scaling = given.get("scaling")
     if scaling is None or is_none(scaling):
         core.default_scale = True
@@ -260,7 +315,7 @@ def _scores_and_rest(args: tuple[Value, ...]) -> tuple[Value, Value]:
 
 
 def _peel_softcap(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
-    tanh, cap = (value.args if value.args[0].op == "tanh" else value.args[::-1])
+    tanh, cap = value.args if value.args[0].op == "tanh" else value.args[::-1]
     inside = tanh.args[0]
     if inside.op != "div" or scale:
         raise NotUnderstood("tanh in the scores that is not cap * tanh(scores / cap)")
@@ -279,14 +334,17 @@ def _peel_fill(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Valu
         inner = first if keep else second
     if not isinstance(condition, Tensor):
         raise NotUnderstood("scores are filled under a condition that is no tensor")
-    mask = Tensor(op="where", args=(condition, const(0.0), const(NEGATIVE)) if keep else
-                  (condition, const(NEGATIVE), const(0.0)), shape=condition.shape,
-                  attrs={"sizes_only": condition.sizes_only})
+    mask = Tensor(
+        op="where",
+        args=(condition, const(0.0), const(NEGATIVE)) if keep else (condition, const(NEGATIVE), const(0.0)),
+        shape=condition.shape,
+        attrs={"sizes_only": condition.sizes_only},
+    )
     core.addends.append((mask, list(scale)))
     return inner
 
 
-# -- completing: masks, layouts, rotations -------------------------------------------------------------------------------
+# -- completing: masks, layouts, rotations ---------------------------------------------------------
 
 
 def complete(core: Core, point: Point) -> None:
@@ -355,8 +413,10 @@ def standard_slopes(heads: int) -> list[float]:
 def _read_alibi(core: Core, addend: Tensor, array: Any, factors: list[tuple[str, Value]], point: Point) -> None:
     heads = point.heads
     try:
-        biases = np.broadcast_to(array.reshape(-1, heads, *array.shape[-2:])[:, :, -1, :SEQ_LENGTH],
-                                 (array.size // (heads * array.shape[-2] * array.shape[-1]), heads, SEQ_LENGTH))
+        biases = np.broadcast_to(
+            array.reshape(-1, heads, *array.shape[-2:])[:, :, -1, :SEQ_LENGTH],
+            (array.size // (heads * array.shape[-2] * array.shape[-1]), heads, SEQ_LENGTH),
+        )
     except ValueError as error:
         raise NotUnderstood("a bias on the scores that is not ALiBi") from error
     expected = np.asarray(standard_slopes(heads))[:, None] * np.arange(SEQ_LENGTH)
@@ -407,7 +467,7 @@ def _read_rotation(core: Core, point: Point) -> Rotation | None:
     return Rotation(before_query, before_key, interleaved, rotary, full, from_config, 10000.0, fields, sizes)
 
 
-def _turns(value: Tensor) -> bool:
+def _turns(value: Value) -> bool:
     return any(v.op in ("cos", "sin", "polar") for v in value.walk(PROJECTED))
 
 
@@ -434,7 +494,9 @@ def _before_rotation(value: Tensor, point: Point) -> Tensor | None:
 
 def _classify(value: Tensor, before: Tensor, point: Point, theta: float = 10000.0) -> tuple[bool, int, bool] | None:
     """(interleaved, rotated dims, all of them?) if `value` is the standard rotation of `before`, by numbers."""
-    e = Evaluator(Point(point.heads, 10000.0, point.fields) if theta == 10000.0 else Point(point.heads, theta, point.fields))
+    e = Evaluator(
+        Point(point.heads, 10000.0, point.fields) if theta == 10000.0 else Point(point.heads, theta, point.fields)
+    )
     start = np.random.default_rng(0).standard_normal(e.shape(before))
     e.memo[id(before)] = start
     laid = _relay(value, before, start, point)
@@ -572,7 +634,11 @@ def _ungroup(table: Any, heads: int) -> Any:
         if not (row == distinct[-1]).all():
             distinct.append(row)
     times = rows.shape[0] // len(distinct)
-    if not (np.repeat(np.asarray(distinct), times, axis=0) == rows).all() if times * len(distinct) == len(rows) else True:
+    if (
+        not (np.repeat(np.asarray(distinct), times, axis=0) == rows).all()
+        if times * len(distinct) == len(rows)
+        else True
+    ):
         raise NotUnderstood("key-value heads are shared in an order that is not grouped")
     return np.asarray(distinct)
 

@@ -1,4 +1,4 @@
-"""Evaluate a symbolic value on small made-up sizes with numpy, to see what it computes: masks, ALiBi, rotations, layouts.
+"""Evaluate a symbolic value on small made-up sizes with numpy: masks, ALiBi, rotations, head layouts.
 
 Nothing of the file runs: only the recorded operations, each by its own rule here.
 """
@@ -143,16 +143,38 @@ class Point:
 
 
 _PYTHON: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.Mod: operator.mod,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: operator.pow,
+    ast.Mod: operator.mod,
 }
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge, ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: lambda a, b: a is b,
+    ast.IsNot: lambda a, b: a is not b,
 }
 _CALLS: dict[str, Callable[..., Any]] = {
-    "int": int, "float": float, "sqrt": math.sqrt, "log2": math.log2, "log": math.log, "floor": math.floor,
-    "ceil": math.ceil, "max": max, "min": min, "abs": abs, "round": round, "exp": math.exp, "pow": pow,
+    "int": int,
+    "float": float,
+    "sqrt": math.sqrt,
+    "log2": math.log2,
+    "log": math.log,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "max": max,
+    "min": min,
+    "abs": abs,
+    "round": round,
+    "exp": math.exp,
+    "pow": pow,
 }
 
 
@@ -204,8 +226,11 @@ class Evaluator:
 
     def keywords(self, value: Value) -> dict[str, Any]:
         names = value.attrs.get("kw", ())
-        return {n: self(a) for n, a in zip(names, value.args[len(value.args) - len(names) :], strict=True)
-                if n not in ("device", "dtype", "out")}
+        return {
+            n: self(a)
+            for n, a in zip(names, value.args[len(value.args) - len(names) :], strict=True)
+            if n not in ("device", "dtype", "out")
+        }
 
     def shape(self, value: Tensor) -> tuple[int, ...]:
         if value.shape is None:
@@ -232,39 +257,82 @@ def _op(*names: str) -> Callable[[Op], Op]:
         for name in names:
             _OPS[name] = function
         return function
+
     return register
 
 
 def _simple(function: Callable[..., Any]) -> Op:
     def run(e: Evaluator, v: Tensor) -> Any:
-        return function(*[np.asarray(a) if a is not None else a for a in e.positional(v)[: function.__code__.co_argcount]])
+        return function(
+            *[np.asarray(a) if a is not None else a for a in e.positional(v)[: function.__code__.co_argcount]]
+        )
+
     return run
 
 
 _UFUNCS: dict[str, Callable[..., Any]] = {
-    "abs": lambda x: np.abs(x), "neg": lambda x: -x, "exp": lambda x: np.exp(x), "log": lambda x: np.log(x),
-    "sqrt": lambda x: np.sqrt(x), "rsqrt": lambda x: 1 / np.sqrt(x), "sin": lambda x: np.sin(x),
-    "cos": lambda x: np.cos(x), "tanh": lambda x: np.tanh(x), "reciprocal": lambda x: 1 / x,
-    "square": lambda x: x * x, "logical_not": lambda x: ~x.astype(bool), "floor": lambda x: np.floor(x),
-    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "div": lambda x, y: x / y,
-    "floor_divide": lambda x, y: x // y, "remainder": lambda x, y: x % y, "rsub": lambda x, y: y - x,
-    "pow": lambda x, y: np.power(x.astype(float), y), "maximum": lambda x, y: np.maximum(x, y),
-    "minimum": lambda x, y: np.minimum(x, y), "eq": lambda x, y: x == y, "ne": lambda x, y: x != y,
-    "lt": lambda x, y: x < y, "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
+    "abs": lambda x: np.abs(x),
+    "neg": lambda x: -x,
+    "exp": lambda x: np.exp(x),
+    "log": lambda x: np.log(x),
+    "sqrt": lambda x: np.sqrt(x),
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sin": lambda x: np.sin(x),
+    "cos": lambda x: np.cos(x),
+    "tanh": lambda x: np.tanh(x),
+    "reciprocal": lambda x: 1 / x,
+    "square": lambda x: x * x,
+    "logical_not": lambda x: ~x.astype(bool),
+    "floor": lambda x: np.floor(x),
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y,
+    "floor_divide": lambda x, y: x // y,
+    "remainder": lambda x, y: x % y,
+    "rsub": lambda x, y: y - x,
+    "pow": lambda x, y: np.power(x.astype(float), y),
+    "maximum": lambda x, y: np.maximum(x, y),
+    "minimum": lambda x, y: np.minimum(x, y),
+    "eq": lambda x, y: x == y,
+    "ne": lambda x, y: x != y,
+    "lt": lambda x, y: x < y,
+    "le": lambda x, y: x <= y,
+    "gt": lambda x, y: x > y,
+    "ge": lambda x, y: x >= y,
     "logical_and": lambda x, y: x.astype(bool) & y.astype(bool),
     "logical_or": lambda x, y: x.astype(bool) | y.astype(bool),
     "where": lambda c, x, y: np.where(c.astype(bool), x, y),
     "masked_fill": lambda x, c, y: np.where(c.astype(bool), y, x),
-    "outer": lambda x, y: np.outer(x, y), "matmul": lambda x, y: x @ y, "bmm": lambda x, y: x @ y,
-    "zeros_like": lambda x: np.zeros_like(x), "ones_like": lambda x: np.ones_like(x),
+    "outer": lambda x, y: np.outer(x, y),
+    "matmul": lambda x, y: x @ y,
+    "bmm": lambda x, y: x @ y,
+    "zeros_like": lambda x: np.zeros_like(x),
+    "ones_like": lambda x: np.ones_like(x),
     "full_like": lambda x, y: np.full_like(x, y),
 }
 for _name, _function in _UFUNCS.items():
     _OPS[_name] = _simple(_function)
 
 
-@_op("to", "float", "type", "type_as", "contiguous", "clone", "half", "bfloat16", "double", "detach", "dropout",
-     "positive", "cpu", "cuda", "requires_grad", "copy")
+@_op(
+    "to",
+    "float",
+    "type",
+    "type_as",
+    "contiguous",
+    "clone",
+    "half",
+    "bfloat16",
+    "double",
+    "detach",
+    "dropout",
+    "positive",
+    "cpu",
+    "cuda",
+    "requires_grad",
+    "copy",
+)
 def _pass(e: Evaluator, v: Tensor) -> Any:
     return e(v.args[0])
 
@@ -333,9 +401,13 @@ def _repeat_interleave(e: Evaluator, v: Tensor) -> Any:
 @_op("getitem")
 def _getitem(e: Evaluator, v: Tensor) -> Any:
     index = e(v.args[1])
-    parts = index if isinstance(index, tuple) and isinstance(v.args[1], Sequence) and v.args[1].op == "index" else (index,)
-    fixed = tuple(list(p) if isinstance(p, tuple) else p.astype(int) if isinstance(p, np.ndarray) and p.dtype != bool
-                  else p for p in parts)
+    parts = (
+        index if isinstance(index, tuple) and isinstance(v.args[1], Sequence) and v.args[1].op == "index" else (index,)
+    )
+    fixed = tuple(
+        list(p) if isinstance(p, tuple) else p.astype(int) if isinstance(p, np.ndarray) and p.dtype != bool else p
+        for p in parts
+    )
     return np.asarray(e(v.args[0]))[fixed]
 
 
@@ -421,5 +493,3 @@ def _roll(e: Evaluator, v: Tensor) -> Any:
     if v.op == "flip":
         return np.flip(args[0], named.get("dims", args[1] if len(args) > 1 else None))
     return np.roll(args[0], named.get("shifts", args[1]), named.get("dims", args[2] if len(args) > 2 else None))
-
-

@@ -73,8 +73,12 @@ class Facts:
     def called(self) -> set[cst.FunctionDef]:
         """Functions of the file that ran on some path (properties of the config class are not of the file)."""
         config = self.program.config_class
-        return {c.function.node for world in self.worlds for c in world.calls
-                if config is None or c.function.owner is not config}
+        return {
+            c.function.node
+            for world in self.worlds
+            for c in world.calls
+            if config is None or c.function.owner is not config
+        }
 
     def line(self, node: cst.CSTNode) -> int:
         return line_of(self.program.tree, node)

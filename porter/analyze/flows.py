@@ -1,4 +1,4 @@
-"""Where values of a flat program go: which projections feed attention, which linears form an MLP, what may be sharded."""
+"""Where values of a flat program go: what feeds attention, which linears form an MLP, what may be sharded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,40 @@ from collections.abc import Iterator
 from porter.analyze.facts import World
 from porter.analyze.values import Layer, Scalar, Sequence, Tensor, Value
 
-ELEMENTWISE = frozenset("mul add sub div pow tanh sigmoid activation silu gelu relu neg clamp square erf exp softplus "
-                        "sqrt rsqrt abs to float type type_as clone contiguous act_and_mul maximum minimum".split())
-RESHAPES = frozenset("view reshape unflatten flatten unsqueeze squeeze shard piece getitem".split())
+ELEMENTWISE = frozenset(
+    [
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "pow",
+        "tanh",
+        "sigmoid",
+        "activation",
+        "silu",
+        "gelu",
+        "relu",
+        "neg",
+        "clamp",
+        "square",
+        "erf",
+        "exp",
+        "softplus",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "to",
+        "float",
+        "type",
+        "type_as",
+        "clone",
+        "contiguous",
+        "act_and_mul",
+        "maximum",
+        "minimum",
+    ]
+)
+RESHAPES = frozenset(["view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "shard", "piece", "getitem"])
 
 
 class Flows:
@@ -74,7 +105,7 @@ def behind(value: Value, through: frozenset[str]) -> list[Tensor]:
 
 
 def mixes_features(value: Tensor, source: Tensor, width: object) -> bool:
-    """Whether something between `source` and `value` looks at more than one head: a norm or reduction over all of it."""
+    """Whether something between `source` and `value` looks at more than one head, as a norm over all does."""
     for inner in value.walk(frozenset({"linear"})):
         if not isinstance(inner, Tensor) or inner is source:
             continue

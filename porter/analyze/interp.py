@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import libcst as cst
@@ -66,8 +67,13 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     """
     entry = entry or program.entry()
     if entry is None:
-        raise Refusal("", 0, "no causal language model class", "no *ForCausalLM or *LMHeadModel class with a forward",
-                      "name a decoder's modeling file")
+        raise Refusal(
+            "",
+            0,
+            "no causal language model class",
+            "no *ForCausalLM or *LMHeadModel class with a forward",
+            "name a decoder's modeling file",
+        )
     worlds: list[World] = []
     todo: list[tuple[tuple[str, bool], ...]] = [()]
     failure: Refusal | None = None
@@ -94,8 +100,9 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
 class Interp:
     """One path. `prefix` fixes the first config conditions; later ones are taken to hold."""
 
-    def __init__(self, program: Program, prefix: tuple[tuple[str, bool], ...], flat: bool,
-                 number_paths: bool = True) -> None:
+    def __init__(
+        self, program: Program, prefix: tuple[tuple[str, bool], ...], flat: bool, number_paths: bool = True
+    ) -> None:
         self.program = program
         self.forced = dict(prefix)
         self.trail: list[tuple[str, bool]] = []
@@ -455,8 +462,9 @@ class Interp:
                 items += value.items
             else:
                 items.append(value)
-        return Sequence(op="tuple", args=tuple(items), items=tuple(items), prefix=prefix,
-                        mutable=isinstance(node, cst.List))
+        return Sequence(
+            op="tuple", args=tuple(items), items=tuple(items), prefix=prefix, mutable=isinstance(node, cst.List)
+        )
 
     _ev_List = _ev_Set = _ev_Tuple
 
@@ -467,6 +475,7 @@ class Interp:
                 inner = self.eval(element.value)
                 result.items.update(inner.items if isinstance(inner, Mapping) else {})
                 continue
+            assert isinstance(element, cst.DictElement)
             key = self.eval(element.key)
             value = self.eval(element.value)
             result.items[key.const if isinstance(key, Scalar) and key.known else scalars.text(key)] = value
@@ -513,8 +522,9 @@ class Interp:
 
     def _ev_UnaryOperation(self, node: cst.UnaryOperation) -> Value:
         value = self.eval(node.expression)
-        return scalars.unary(type(node.operator).__name__, value) or ops.method(self, value, _UNARY[
-            type(node.operator).__name__], [], {}, node)
+        return scalars.unary(type(node.operator).__name__, value) or ops.method(
+            self, value, _UNARY[type(node.operator).__name__], [], {}, node
+        )
 
     def _ev_BinaryOperation(self, node: cst.BinaryOperation) -> Value:
         return self.binary(type(node.operator).__name__, self.eval(node.left), self.eval(node.right), node)
@@ -522,8 +532,13 @@ class Interp:
     def binary(self, operator: str, left: Value, right: Value, node: cst.CSTNode) -> Value:
         name = _BINARY.get(operator, operator.lower())
         if isinstance(left, Sequence) and isinstance(right, Sequence) and name == "add":
-            return Sequence(op="concat", args=(left, right), items=left.items + right.items,
-                            prefix=left.prefix, mutable=left.mutable)
+            return Sequence(
+                op="concat",
+                args=(left, right),
+                items=left.items + right.items,
+                prefix=left.prefix,
+                mutable=left.mutable,
+            )
         if isinstance(left, Sequence | Repeated) and name == "mul" and isinstance(right, Scalar):
             if isinstance(left, Sequence) and right.known and isinstance(right.const, int):
                 return Sequence(op="repeat", items=left.items * right.const, mutable=left.mutable)
@@ -547,9 +562,9 @@ class Interp:
 
     def _compare(self, operator: cst.BaseCompOp, left: Value, right: Value, node: cst.CSTNode) -> Value:
         name = type(operator).__name__
-        if (isinstance(left, Tensor) or isinstance(right, Tensor)) and name not in ("Is", "IsNot", "In", "NotIn"):
-            if not is_none(left) and not is_none(right):
-                return ops.apply(self, _COMPARE[name], [left, right], {}, node)
+        on_tensors = isinstance(left, Tensor) or isinstance(right, Tensor)
+        if on_tensors and name not in ("Is", "IsNot", "In", "NotIn") and not is_none(left) and not is_none(right):
+            return ops.apply(self, _COMPARE[name], [left, right], {}, node)
         return scalars.compare(name, left, right)
 
     def _ev_Lambda(self, node: cst.Lambda) -> Value:
@@ -562,8 +577,9 @@ class Interp:
         self.assign(node.target, value)
         return value
 
-    def _comprehension(self, node: cst.ListComp | cst.GeneratorExp | cst.SetComp | cst.DictComp) -> tuple[
-            list[tuple[Value, ...]], bool]:
+    def _comprehension(
+        self, node: cst.ListComp | cst.GeneratorExp | cst.SetComp | cst.DictComp
+    ) -> tuple[list[tuple[Value, ...]], bool]:
         loop = node.for_in
         items, repeat = self.iterate(self.eval(loop.iter), node)
         found: list[tuple[Value, ...]] = []
@@ -589,8 +605,9 @@ class Interp:
 
     def _ev_DictComp(self, node: cst.DictComp) -> Value:
         found, _ = self._comprehension(node)
-        return Mapping(op="dict", items={k.const if isinstance(k, Scalar) and k.known else scalars.text(k): v
-                                         for k, v in found})
+        return Mapping(
+            op="dict", items={k.const if isinstance(k, Scalar) and k.known else scalars.text(k): v for k, v in found}
+        )
 
     def _ev_Attribute(self, node: cst.Attribute) -> Value:
         base = self.eval(node.value)
@@ -725,8 +742,9 @@ class Interp:
         why = {"why": f"the called object is not understood ({function.attrs.get('why', function.op)})"}
         return Tensor(op="unknown", args=tensors, attrs=why) if tensors else Value(op="unknown", attrs=why)
 
-    def _call_instance(self, target: Instance, args: list[Value], kwargs: dict[str, Value],
-                       node: cst.CSTNode | None) -> Value:
+    def _call_instance(
+        self, target: Instance, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    ) -> Value:
         assert target.cls is not None
         forward = self.program.method(target.cls, "forward")
         if forward is None:
@@ -738,8 +756,9 @@ class Interp:
             return ops.as_linear(result, args[0], shell)
         return result
 
-    def _call_function(self, function: Function, args: list[Value], kwargs: dict[str, Value],
-                       node: cst.CSTNode | None) -> Value:
+    def _call_function(
+        self, function: Function, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    ) -> Value:
         info = function.info
         assert info is not None
         if self.depth > DEPTH_LIMIT:
@@ -769,8 +788,9 @@ class Interp:
         record.result = result
         return result
 
-    def _bind(self, info: FunctionInfo, args: list[Value], kwargs: dict[str, Value],
-              node: cst.CSTNode | None) -> dict[str, Value]:
+    def _bind(
+        self, info: FunctionInfo, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    ) -> dict[str, Value]:
         frame: dict[str, Value] = {}
         params = info.node.params
         kwargs = dict(kwargs)
@@ -799,16 +819,21 @@ class Interp:
                 continue
             if param.default is None:
                 what = f"{info.name}() misses the argument {name}"
-                raise self.refuse(node or info.node, what, "no value reaches it when the engine calls the model",
-                                  "give the parameter a default")
+                raise self.refuse(
+                    node or info.node,
+                    what,
+                    "no value reaches it when the engine calls the model",
+                    "give the parameter a default",
+                )
             self.frames.append({})
             try:
                 frame[name] = self.eval(param.default)
             finally:
                 self.frames.pop()
 
-    def instantiate(self, info: ClassInfo, args: list[Value], kwargs: dict[str, Value],
-                    node: cst.CSTNode | None) -> Value:
+    def instantiate(
+        self, info: ClassInfo, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    ) -> Value:
         self.world.classes.add(info.name)
         built = library.build_record(self, info, args, kwargs)
         if built is not None:
@@ -833,11 +858,29 @@ class Interp:
 
 _LITERALS = {"None": None, "True": True, "False": False}
 _UNARY = {"Minus": "neg", "Not": "logical_not", "BitInvert": "logical_not", "Plus": "positive"}
-_BINARY = {"Add": "add", "Subtract": "sub", "Multiply": "mul", "Divide": "div", "FloorDivide": "floor_divide",
-           "Modulo": "remainder", "Power": "pow", "MatrixMultiply": "matmul", "BitAnd": "logical_and",
-           "BitOr": "logical_or", "BitXor": "logical_xor"}
-_COMPARE = {"Equal": "eq", "NotEqual": "ne", "LessThan": "lt", "LessThanEqual": "le", "GreaterThan": "gt",
-            "GreaterThanEqual": "ge", "In": "in", "NotIn": "not_in"}
+_BINARY = {
+    "Add": "add",
+    "Subtract": "sub",
+    "Multiply": "mul",
+    "Divide": "div",
+    "FloorDivide": "floor_divide",
+    "Modulo": "remainder",
+    "Power": "pow",
+    "MatrixMultiply": "matmul",
+    "BitAnd": "logical_and",
+    "BitOr": "logical_or",
+    "BitXor": "logical_xor",
+}
+_COMPARE = {
+    "Equal": "eq",
+    "NotEqual": "ne",
+    "LessThan": "lt",
+    "LessThanEqual": "le",
+    "GreaterThan": "gt",
+    "GreaterThanEqual": "ge",
+    "In": "in",
+    "NotIn": "not_in",
+}
 
 
 def always_raises(body: cst.BaseSuite) -> bool:

@@ -72,8 +72,16 @@ _LAYERS = {
     "Sequential": ("sequential", ("items",)),
     "ModuleDict": ("module_dict", ("items",)),
 }
-_ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid",
-                "ReLU6": "relu6", "LeakyReLU": "leaky_relu", "Softplus": "softplus"}
+_ACTIVATIONS = {
+    "GELU": "gelu",
+    "SiLU": "silu",
+    "ReLU": "relu",
+    "Tanh": "tanh",
+    "Sigmoid": "sigmoid",
+    "ReLU6": "relu6",
+    "LeakyReLU": "leaky_relu",
+    "Softplus": "softplus",
+}
 # The layers of porter.runtime, so that a port can be analysed as well as its source.
 _RUNTIME = {
     "ColumnParallelLinear": ("linear", ("in_features", "out_features", "bias")),
@@ -102,7 +110,7 @@ _MASKS = {
 }
 
 
-# -- attributes ----------------------------------------------------------------------------------------------------------
+# -- attributes ------------------------------------------------------------------------------------
 
 
 def config_field(run: Interp, base: Config, name: str, node: cst.CSTNode | None) -> Value:
@@ -135,8 +143,23 @@ def _config_property(run: Interp, base: Config, name: str) -> Value | None:
 
 def external_attribute(base: External, name: str) -> Value:
     full = f"{base.name}.{name}"
-    if base.name == "torch" and name in ("float32", "float", "float16", "half", "bfloat16", "int64", "long", "int32",
-                                         "int", "bool", "double", "float64", "uint8", "int8", "int16"):
+    if base.name == "torch" and name in (
+        "float32",
+        "float",
+        "float16",
+        "half",
+        "bfloat16",
+        "int64",
+        "long",
+        "int32",
+        "int",
+        "bool",
+        "double",
+        "float64",
+        "uint8",
+        "int8",
+        "int16",
+    ):
         return Scalar(op="dtype", text=full, attrs={"dtype": name})
     if full in ("math.pi", "math.inf", "torch.pi"):
         return const(getattr(math, name))
@@ -161,11 +184,15 @@ def layer_attribute(base: Layer, name: str, node: cst.CSTNode | None) -> Value:
         return Scalar(op="leaf", text=f"local.{name}", size=total.size if isinstance(total, Scalar) else None)
     if name in base.params and name != "bias":
         return base.params[name]
-    if name == "bias" and isinstance(base.params.get("bias"), Scalar) and base.params["bias"].const is False:
+    if name == "bias" and _is_false(base.params.get("bias")):
         return const(None)
     if name in ("weight", "bias") and base.kind in ("linear", "conv1d", "embedding", "layer_norm", "rms_norm"):
         return ops.layer_weight(base, name)
     return Value(op="attribute", args=(base,), attrs={"name": name})
+
+
+def _is_false(value: Value | None) -> bool:
+    return isinstance(value, Scalar) and value.known and value.const is False
 
 
 def inherited_attribute(run: Interp, base: Instance, name: str) -> Value:
@@ -190,7 +217,7 @@ def external_item(run: Interp, base: External, index: Value) -> Value:
     return External(op="external", name=f"{base.name}[{scalars.text(index)}]")
 
 
-# -- building ------------------------------------------------------------------------------------------------------------
+# -- building --------------------------------------------------------------------------------------
 
 
 def make_layer(name: str, args: list[Value], kwargs: dict[str, Value]) -> Layer | None:
@@ -226,8 +253,13 @@ def build_record(run: Interp, info: ClassInfo, args: list[Value], kwargs: dict[s
 
 def _fields(info: ClassInfo) -> list[str]:
     body = info.node.body.body if isinstance(info.node.body, cst.IndentedBlock) else ()
-    return [small.target.value for line in body if isinstance(line, cst.SimpleStatementLine)
-            for small in line.body if isinstance(small, cst.AnnAssign) and isinstance(small.target, cst.Name)]
+    return [
+        small.target.value
+        for line in body
+        if isinstance(line, cst.SimpleStatementLine)
+        for small in line.body
+        if isinstance(small, cst.AnnAssign) and isinstance(small.target, cst.Name)
+    ]
 
 
 def _record(names: list[str], args: list[Value], kwargs: dict[str, Value]) -> Sequence:
@@ -236,11 +268,12 @@ def _record(names: list[str], args: list[Value], kwargs: dict[str, Value]) -> Se
     return Sequence(op="record", args=tuple(kept.values()), items=tuple(kept.values()), names=tuple(kept))
 
 
-# -- calling -------------------------------------------------------------------------------------------------------------
+# -- calling ---------------------------------------------------------------------------------------
 
 
-def call_layer(run: Interp, layer: Layer, args: list[Value], kwargs: dict[str, Value],
-               node: cst.CSTNode | None) -> Value:
+def call_layer(
+    run: Interp, layer: Layer, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     if layer.kind == "sequential":
         value = args[0]
         items = layer.params["items"]
@@ -250,8 +283,9 @@ def call_layer(run: Interp, layer: Layer, args: list[Value], kwargs: dict[str, V
     return ops.layer(run, layer, args, kwargs, node)
 
 
-def call_subclass(run: Interp, target: Instance, args: list[Value], kwargs: dict[str, Value],
-                  node: cst.CSTNode | None) -> Value:
+def call_subclass(
+    run: Interp, target: Instance, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     """A class without forward of its own: an nn.Linear or nn.Embedding subclass."""
     shell = target.attrs.get("<layer>")
     if isinstance(shell, Layer):
@@ -260,8 +294,9 @@ def call_subclass(run: Interp, target: Instance, args: list[Value], kwargs: dict
     return Tensor(op="unknown", args=tuple(args), attrs={"why": "the called class has no forward"})
 
 
-def call_external(run: Interp, function: External, args: list[Value], kwargs: dict[str, Value],
-                  node: cst.CSTNode | None) -> Value:
+def call_external(
+    run: Interp, function: External, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     name = function.name
     short = name.rsplit(".", 1)[-1]
     if name.startswith("super."):
@@ -279,8 +314,11 @@ def call_external(run: Interp, function: External, args: list[Value], kwargs: di
     if short in ("get_interface",):
         return External(op="external", name="attention_interface")
     if short == "apply" and function.args and isinstance(function.args[0], ClassRef):
-        return run.call(Function(info=function.args[0].info.methods["forward"]), [Value(op="ctx"), *args], kwargs, node) \
-            if function.args[0].info is not None and "forward" in function.args[0].info.methods else Value()
+        return (
+            run.call(Function(info=function.args[0].info.methods["forward"]), [Value(op="ctx"), *args], kwargs, node)
+            if function.args[0].info is not None and "forward" in function.args[0].info.methods
+            else Value()
+        )
     if name.startswith(("torch.nn.", "nn.", "porter.runtime", "transformers.pytorch_utils", "torch.nn")):
         made = _construct(run, short, args, kwargs)
         if made is not None:
@@ -311,8 +349,9 @@ def _construct(run: Interp, short: str, args: list[Value], kwargs: dict[str, Val
     return layer
 
 
-def _helpers(run: Interp, name: str, short: str, args: list[Value], kwargs: dict[str, Value],
-             node: cst.CSTNode | None) -> Value:
+def _helpers(
+    run: Interp, name: str, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     if short == "apply_chunking_to_forward":
         return run.call(args[0], args[3:], {}, node)
     if short in ("partial",):
@@ -353,14 +392,23 @@ def _mask(short: str, args: list[Value], kwargs: dict[str, Value]) -> Mask:
         window = None
     if window is not None and kind == "causal":
         kind = "sliding"
-    extra = [k for k in ("or_mask_function", "and_mask_function", "block_sequence_ids")
-             if k in kwargs and not is_none(kwargs[k])]
-    return Mask(op="mask", kind=kind if not extra else f"causal with {extra[0]}", window=window, shape=(B, ONE, S, S),
-                attrs={"sizes_only": True})
+    extra = [
+        k
+        for k in ("or_mask_function", "and_mask_function", "block_sequence_ids")
+        if k in kwargs and not is_none(kwargs[k])
+    ]
+    return Mask(
+        op="mask",
+        kind=kind if not extra else f"causal with {extra[0]}",
+        window=window,
+        shape=(B, ONE, S, S),
+        attrs={"sizes_only": True},
+    )
 
 
-def _call_super(run: Interp, function: External, short: str, args: list[Value], kwargs: dict[str, Value],
-                node: cst.CSTNode | None) -> Value:
+def _call_super(
+    run: Interp, function: External, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     """A method of a base outside the file."""
     instance = function.args[0] if function.args else None
     if not isinstance(instance, Instance):
@@ -373,16 +421,17 @@ def _call_super(run: Interp, function: External, short: str, args: list[Value], 
     return const(None)
 
 
-def call_method(run: Interp, base: Value, name: str, args: list[Value], kwargs: dict[str, Value],
-                node: cst.CSTNode | None) -> Value:
+def call_method(
+    run: Interp, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     """A method of a mapping, a list, a layer, a library object, or one that the file does not define."""
     if isinstance(base, Mapping):
         return _mapping_method(base, name, args)
     if isinstance(base, Sequence | Repeated):
         return _list_method(base, name, args)
-    if isinstance(base, Scalar) and base.known and isinstance(base.const, str):
-        if all(isinstance(a, Scalar) and a.known for a in args) and hasattr(base.const, name):
-            return const(getattr(base.const, name)(*[a.const for a in args if isinstance(a, Scalar)]))
+    plain = all(isinstance(a, Scalar) and a.known for a in args)
+    if plain and isinstance(base, Scalar) and isinstance(base.const, str) and hasattr(base.const, name):
+        return const(getattr(base.const, name)(*[a.const for a in args if isinstance(a, Scalar)]))
     if isinstance(base, Config):
         return Config(op="config", path=base.path) if name == "get_text_config" else symbol(f"{base.path}.{name}()")
     if isinstance(base, Layer):
@@ -453,8 +502,12 @@ def _isinstance(run: Interp, args: list[Value], kwargs: dict[str, Value], node: 
         return symbol(f"isinstance({value.text}, {scalars.text(kinds)})")
     if isinstance(value, Instance) and value.cls is not None:
         return const(any(c.name in names for c in run.program.mro(value.cls)))
-    kind = {Tensor: "Tensor", Sequence: "list" if getattr(value, "mutable", False) else "tuple", Mapping: "dict",
-            Mask: "Tensor"}.get(type(value), "")
+    kind = {
+        Tensor: "Tensor",
+        Sequence: "list" if getattr(value, "mutable", False) else "tuple",
+        Mapping: "dict",
+        Mask: "Tensor",
+    }.get(type(value), "")
     return const(kind in names or (kind == "Tensor" and any(n.endswith("Tensor") for n in names)))
 
 
@@ -468,9 +521,9 @@ def _getattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst
             source = f"getattr({base.path}, {name.const!r}, {scalars.text(args[2])})"
             return Scalar(op="getattr", args=(args[2],), text=source, size=Poly.symbol(source))
         return run.attribute(base, name.const, node)
-    if isinstance(base, Instance) and len(args) > 2 and name.const not in base.attrs and base.cls is not None:
-        if run.program.method(base.cls, name.const) is None:
-            return args[2]
+    absent = isinstance(base, Instance) and name.const not in base.attrs and base.cls is not None
+    if absent and len(args) > 2 and run.program.method(base.cls, name.const) is None:  # type: ignore[attr-defined]
+        return args[2]
     return run.attribute(base, name.const, node)
 
 
@@ -509,11 +562,17 @@ def _enumerate(run: Interp, args: list[Value], kwargs: dict[str, Value], node: c
 def _zip(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     fixed = [a for a in args if isinstance(a, Sequence)]
     if fixed and all(isinstance(a, Sequence) for a in args):
-        return Sequence(op="tuple", items=tuple(Sequence(op="tuple", items=pair, args=pair)
-                                                for pair in zip(*[a.items for a in fixed], strict=False)))
+        return Sequence(
+            op="tuple",
+            items=tuple(
+                Sequence(op="tuple", items=pair, args=pair) for pair in zip(*[a.items for a in fixed], strict=False)
+            ),
+        )
     if fixed and len(args) == 2 and isinstance(args[0], Repeated) and args[0].op == "range":
-        return Sequence(op="tuple", items=tuple(Sequence(op="tuple", items=(const(i), v), args=(v,))
-                                                for i, v in enumerate(fixed[0].items)))
+        return Sequence(
+            op="tuple",
+            items=tuple(Sequence(op="tuple", items=(const(i), v), args=(v,)) for i, v in enumerate(fixed[0].items)),
+        )
     lists = [a.params["items"] if isinstance(a, Layer) and "items" in a.params else a for a in args]
     items = tuple(run.iterate(a, node or cst.Name("_"))[0][0] for a in lists)
     return Repeated(op="zip", item=Sequence(op="tuple", items=items, args=items))
@@ -546,6 +605,7 @@ def _quantifier(every: bool) -> Any:
             if None not in truths:
                 return const(all(truths) if every else any(truths))
         return symbol(f"{'all' if every else 'any'}({scalars.text(args[0])})")
+
     return run_it
 
 
@@ -572,10 +632,25 @@ def _sum(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CST
 
 
 _BUILTINS: dict[str, Any] = {
-    "isinstance": _isinstance, "getattr": _getattr, "hasattr": _hasattr, "len": _len, "range": _range,
-    "enumerate": _enumerate, "zip": _zip, "super": _super, "tuple": _tuple, "list": _list, "set": _tuple,
-    "dict": _dict, "slice": _slice, "type": _type, "sum": _sum, "all": _quantifier(True), "any": _quantifier(False),
-    "reversed": _tuple, "sorted": _tuple,
+    "isinstance": _isinstance,
+    "getattr": _getattr,
+    "hasattr": _hasattr,
+    "len": _len,
+    "range": _range,
+    "enumerate": _enumerate,
+    "zip": _zip,
+    "super": _super,
+    "tuple": _tuple,
+    "list": _list,
+    "set": _tuple,
+    "dict": _dict,
+    "slice": _slice,
+    "type": _type,
+    "sum": _sum,
+    "all": _quantifier(True),
+    "any": _quantifier(False),
+    "reversed": _tuple,
+    "sorted": _tuple,
 }
 
 __all__ = ["SERVING", "Function", "call_external", "call_layer", "config_field", "make_layer"]

@@ -67,10 +67,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         for name in names:
             RULES[name] = function
         return function
+
     return register
 
 
-# -- building and dispatch -----------------------------------------------------------------------------------------------
+# -- building and dispatch -------------------------------------------------------------------------
 
 
 def shape_of(value: Value) -> Shape | None:
@@ -93,8 +94,9 @@ def _nested(args: tuple[Value, ...]) -> list[Value]:
     return flat
 
 
-def apply(run: Interp | None, name: str, args: list[Value], kwargs: dict[str, Value],
-          node: cst.CSTNode | None) -> Value:
+def apply(
+    run: Interp | None, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     """Run the transfer function of an operation; an unknown one gives a tensor without layout."""
     base = name.rstrip("_") if name not in ("__getitem__",) and not name.startswith("_") else name
     base = _ALIASES.get(base, base)
@@ -111,25 +113,33 @@ def apply(run: Interp | None, name: str, args: list[Value], kwargs: dict[str, Va
     return build(base, every, result, node, kw=tuple(kwargs))
 
 
-def method(run: Interp, base: Value, name: str, args: list[Value], kwargs: dict[str, Value],
-           node: cst.CSTNode | None) -> Value:
+def method(
+    run: Interp, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     return apply(run, name, [base, *args], kwargs, node)
 
 
-def torch_call(run: Interp, full: str, short: str, args: list[Value], kwargs: dict[str, Value],
-               node: cst.CSTNode | None) -> Value:
+def torch_call(
+    run: Interp, full: str, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     """A function of torch, torch.nn.functional or numpy."""
     if short in ("no_grad", "autocast", "inference_mode", "device", "Size", "dtype", "set_grad_enabled"):
         return args[0] if short == "Size" and args else const(None)
-    if short in ("is_grad_enabled", "is_tracing", "is_compiling", "is_dynamo_compiling", "is_available", "is_autocast_enabled"):
+    if short in (
+        "is_grad_enabled",
+        "is_tracing",
+        "is_compiling",
+        "is_dynamo_compiling",
+        "is_available",
+        "is_autocast_enabled",
+    ):
         return const(False)
     if short in ("get_default_dtype", "result_type", "promote_types", "get_autocast_gpu_dtype", "get_autocast_dtype"):
         return Scalar(op="dtype", text="<dtype>", attrs={"dtype": "same"})
     if short == "apply" and "Function" in full:
         return apply(run, "unknown", args, kwargs, node)
-    if "numpy" in full or full.startswith("np."):
-        if not any(isinstance(a, Tensor) for a in args):
-            return scalars.call(full, scalars.MATH.get(short), args)
+    if ("numpy" in full or full.startswith("np.")) and not any(isinstance(a, Tensor) for a in args):
+        return scalars.call(full, scalars.MATH.get(short), args)
     for key in ("input", "x", "self"):
         if key in kwargs and not args:
             args = [kwargs.pop(key)]
@@ -147,18 +157,24 @@ def attribute(base: Tensor, name: str, node: cst.CSTNode | None) -> Value:
         return base
     if name in ("T", "mT"):
         return apply(None, "transpose", [base, const(-2), const(-1)], {}, node)
-    if name in ("type", "is_cuda", "requires_grad", "index"):
-        if name == "is_cuda" or name == "requires_grad":
-            return const(False)
+    if name in ("type", "is_cuda", "requires_grad", "index") and (name == "is_cuda" or name == "requires_grad"):
+        return const(False)
     return Value(op="tensor_method", args=(base,), attrs={"name": name})
 
 
 def shape_value(base: Tensor) -> Value:
     if base.shape is None:
         return Value(op="unknown", args=(base,), attrs={"why": "the shape of a tensor whose layout is unknown"})
-    items = tuple(Scalar(op="size", args=(base, const(i)), text=size.text(), size=size,
-                         const=int(size.number) if size.number is not None else SYMBOLIC)
-                  for i, size in enumerate(base.shape))
+    items = tuple(
+        Scalar(
+            op="size",
+            args=(base, const(i)),
+            text=size.text(),
+            size=size,
+            const=int(size.number) if size.number is not None else SYMBOLIC,
+        )
+        for i, size in enumerate(base.shape)
+    )
     return Sequence(op="shape", args=(base,), items=items, prefix=len(items))
 
 
@@ -197,8 +213,12 @@ def item(run: Interp | None, base: Value, index: Value, node: cst.CSTNode) -> Va
     if isinstance(base, Tensor):
         return build("getitem", (base, index), index_shape(base, index), node)
     if isinstance(base, Scalar | Config):
-        return Scalar(op="config_item", args=(base, index), text=f"{scalars.text(base)}[{scalars.text(index)}]",
-                      size=Poly.symbol(f"{scalars.text(base)}[{scalars.text(index)}]"))
+        return Scalar(
+            op="config_item",
+            args=(base, index),
+            text=f"{scalars.text(base)}[{scalars.text(index)}]",
+            size=Poly.symbol(f"{scalars.text(base)}[{scalars.text(index)}]"),
+        )
     return Value(op="unknown", args=(base,), attrs={"why": "an item of something not understood"})
 
 
@@ -207,8 +227,14 @@ def _sequence_item(base: Sequence, index: Value) -> Value:
         bounds = [scalars.number(v) if not is_none(v) else None for v in index.items]
         picked = base.items[slice(*bounds)]
         start = bounds[0] or 0
-        return Sequence(op="part", args=(base,), items=picked, mutable=base.mutable, attrs={"slice": tuple(bounds)},
-                        prefix=min(base.prefix, len(picked)) if start == 0 else 0)
+        return Sequence(
+            op="part",
+            args=(base,),
+            items=picked,
+            mutable=base.mutable,
+            attrs={"slice": tuple(bounds)},
+            prefix=min(base.prefix, len(picked)) if start == 0 else 0,
+        )
     position = scalars.number(index)
     if position is not None and -len(base.items) <= position < len(base.items):
         return base.items[position]
@@ -221,14 +247,22 @@ def _mapping_item(base: Mapping, index: Value) -> Value:
     if isinstance(index, Scalar) and index.known:
         return base.items.get(index.const, Value(op="unknown", attrs={"why": f"no key {index.const!r}"}))
     if base.items and all(isinstance(v, Mask) for v in base.items.values()):
-        return Mask(op="mask_by_key", kind="by_key", shape=(B, ONE, S, S), args=(index, *base.items.values()),
-                    attrs={"keys": tuple(base.items)})
+        return Mask(
+            op="mask_by_key",
+            kind="by_key",
+            shape=(B, ONE, S, S),
+            args=(index, *base.items.values()),
+            attrs={"keys": tuple(base.items)},
+        )
     key = scalars.text(index)
     if key in base.items:
         return base.items[key]
     values = list(base.items.values())
-    return values[0] if len(values) == 1 else Value(
-        op="select", args=(index, *values), attrs={"keys": tuple(base.items), "why": f"selected by {key}"})
+    return (
+        values[0]
+        if len(values) == 1
+        else Value(op="select", args=(index, *values), attrs={"keys": tuple(base.items), "why": f"selected by {key}"})
+    )
 
 
 def index_shape(base: Tensor, index: Value) -> Shape | None:
@@ -322,14 +356,96 @@ def axis(number: int | None, rank: int) -> int | None:
     return None if number is None else number % rank if rank else 0
 
 
-# -- rules: elementwise --------------------------------------------------------------------------------------------------
+# -- rules: elementwise ----------------------------------------------------------------------------
 
-_SAME = ("abs neg exp log log2 sqrt rsqrt sin cos tanh sigmoid relu silu gelu softmax log_softmax erf pow_ positive "
-         "clone contiguous to float half double bfloat16 type type_as long int bool detach requires_grad_ cpu cuda "
-         "masked_fill fill clamp clip dropout square reciprocal sign round floor ceil isnan isinf nan_to_num tril triu "
-         "cumsum cumprod softplus normalize relu6 hardtanh leaky_relu elu mish index_add index_copy scatter "
-         "scatter_add copy zero uniform normal bernoulli logical_not roll flip sort_ softsign log1p expm1 "
-         "exponential layer_norm rms_norm scatter_reduce index_fill is_nonzero atan tan sinc logit").split()
+_SAME = [
+    "abs",
+    "neg",
+    "exp",
+    "log",
+    "log2",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "relu",
+    "silu",
+    "gelu",
+    "softmax",
+    "log_softmax",
+    "erf",
+    "pow_",
+    "positive",
+    "clone",
+    "contiguous",
+    "to",
+    "float",
+    "half",
+    "double",
+    "bfloat16",
+    "type",
+    "type_as",
+    "long",
+    "int",
+    "bool",
+    "detach",
+    "requires_grad_",
+    "cpu",
+    "cuda",
+    "masked_fill",
+    "fill",
+    "clamp",
+    "clip",
+    "dropout",
+    "square",
+    "reciprocal",
+    "sign",
+    "round",
+    "floor",
+    "ceil",
+    "isnan",
+    "isinf",
+    "nan_to_num",
+    "tril",
+    "triu",
+    "cumsum",
+    "cumprod",
+    "softplus",
+    "normalize",
+    "relu6",
+    "hardtanh",
+    "leaky_relu",
+    "elu",
+    "mish",
+    "index_add",
+    "index_copy",
+    "scatter",
+    "scatter_add",
+    "copy",
+    "zero",
+    "uniform",
+    "normal",
+    "bernoulli",
+    "logical_not",
+    "roll",
+    "flip",
+    "sort_",
+    "softsign",
+    "log1p",
+    "expm1",
+    "exponential",
+    "layer_norm",
+    "rms_norm",
+    "scatter_reduce",
+    "index_fill",
+    "is_nonzero",
+    "atan",
+    "tan",
+    "sinc",
+    "logit",
+]
 
 
 @rule(*_SAME)
@@ -339,9 +455,39 @@ def _same(call: Call) -> Any:
     return call.shape
 
 
-_PAIRWISE = ("add sub mul div floor_divide remainder pow maximum minimum eq ne lt le gt ge logical_and logical_or "
-             "logical_xor atan2 true_divide where_ greater less greater_equal less_equal fmod bitwise_and bitwise_or "
-             "rsub lerp polar").split()
+_PAIRWISE = [
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "floor_divide",
+    "remainder",
+    "pow",
+    "maximum",
+    "minimum",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "atan2",
+    "true_divide",
+    "where_",
+    "greater",
+    "less",
+    "greater_equal",
+    "less_equal",
+    "fmod",
+    "bitwise_and",
+    "bitwise_or",
+    "rsub",
+    "lerp",
+    "polar",
+]
 
 
 @rule(*_PAIRWISE)
@@ -373,7 +519,7 @@ def _three(call: Call) -> Any:
     return broadcast(broadcast(call.shape, shape_of(call.args[1])), shape_of(call.args[2]))
 
 
-# -- rules: creation -----------------------------------------------------------------------------------------------------
+# -- rules: creation -------------------------------------------------------------------------------
 
 
 def _sizes(values: list[Value]) -> list[Value]:
@@ -440,7 +586,7 @@ def _linspace(call: Call) -> Any:
     return _dims([call.args[2]])
 
 
-# -- rules: layout -------------------------------------------------------------------------------------------------------
+# -- rules: layout ---------------------------------------------------------------------------------
 
 
 @rule("view", "reshape", "view_as", "reshape_as")
@@ -571,7 +717,7 @@ def _repeat_interleave(call: Call) -> Any:
     return (*shape[:place], shape[place] * times.size, *shape[place + 1 :])
 
 
-# -- rules: splitting and joining ----------------------------------------------------------------------------------------
+# -- rules: splitting and joining ------------------------------------------------------------------
 
 
 @rule("split", "split_with_sizes")
@@ -623,10 +769,14 @@ def _unbind(call: Call) -> Any:
     place = number % len(shape)
     count = shape[place].number
     if count is None:
-        return Repeated(op="unbind", item=build("row", (call.args[0],), (*shape[:place], *shape[place + 1 :]), call.node))
+        return Repeated(
+            op="unbind", item=build("row", (call.args[0],), (*shape[:place], *shape[place + 1 :]), call.node)
+        )
     index = [Sequence(op="slice", items=(const(None),) * 3) for _ in range(place)]
-    items = tuple(item(None, call.args[0], Sequence(op="index", items=(*index, const(i))), call.node or cst.Name("_"))
-                  for i in range(int(count)))
+    items = tuple(
+        item(None, call.args[0], Sequence(op="index", items=(*index, const(i))), call.node or cst.Name("_"))
+        for i in range(int(count))
+    )
     return Sequence(op="tuple", args=items, items=items)
 
 
@@ -663,7 +813,7 @@ def _stack(call: Call) -> Any:
     return (*shape[:place], Poly.const(len(parts.items)), *shape[place:])
 
 
-# -- rules: products -----------------------------------------------------------------------------------------------------
+# -- rules: products -------------------------------------------------------------------------------
 
 
 @rule("matmul", "bmm")
@@ -724,7 +874,7 @@ def _einsum(call: Call) -> Any:
     return build("einsum", (pattern, *operands), tuple(sizes[x] for x in output), call.node)
 
 
-# -- rules: reductions and lookups ---------------------------------------------------------------------------------------
+# -- rules: reductions and lookups -----------------------------------------------------------------
 
 
 @rule("mean", "sum", "prod", "amax", "amin", "var", "std", "norm", "all", "any", "argmax", "argmin", "logsumexp")
@@ -848,12 +998,38 @@ def _device(call: Call) -> Any:
 
 
 # Operations that leave an attention mask the mask that it was.
-_MASK_KEEPS = frozenset("to type contiguous expand view reshape unsqueeze clone float bool half bfloat16 detach".split())
-_ALIASES = {"subtract": "sub", "multiply": "mul", "divide": "div", "concat": "cat", "greater": "gt", "less": "lt",
-            "masked_fill_": "masked_fill", "true_divide": "div", "sigmoid_": "sigmoid", "__getitem__": "getitem"}
+_MASK_KEEPS = frozenset(
+    [
+        "to",
+        "type",
+        "contiguous",
+        "expand",
+        "view",
+        "reshape",
+        "unsqueeze",
+        "clone",
+        "float",
+        "bool",
+        "half",
+        "bfloat16",
+        "detach",
+    ]
+)
+_ALIASES = {
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "concat": "cat",
+    "greater": "gt",
+    "less": "lt",
+    "masked_fill_": "masked_fill",
+    "true_divide": "div",
+    "sigmoid_": "sigmoid",
+    "__getitem__": "getitem",
+}
 
 
-# -- layers --------------------------------------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------------------
 
 
 def layer_weight(base: Layer, name: str) -> Tensor:
@@ -869,7 +1045,12 @@ def layer_weight(base: Layer, name: str) -> Tensor:
 def as_linear(result: Value, source: Value, shell: Layer) -> Value:
     """A subclass of nn.Linear that computes `x @ weight.T (+ bias)` itself is that linear."""
     inner = result.args[0] if result.op == "add" and result.args[1].op == "layer_weight" else result
-    if inner.op == "matmul" and inner.args[0] is source and inner.args[1].op == "permute" and isinstance(result, Tensor):
+    if (
+        inner.op == "matmul"
+        and inner.args[0] is source
+        and inner.args[1].op == "permute"
+        and isinstance(result, Tensor)
+    ):
         weight = inner.args[1].args[0]
         if weight.op == "layer_weight" and weight.args[0] is shell:
             return build("linear", (source, shell), result.shape, result.node, layer=shell, sizes_only=False)
@@ -899,8 +1080,14 @@ def layer(run: Interp, target: Layer, args: list[Value], kwargs: dict[str, Value
     return _runtime_layer(run, target, args, kwargs, shape, node)
 
 
-def _runtime_layer(run: Interp, target: Layer, args: list[Value], kwargs: dict[str, Value], shape: Shape | None,
-                   node: cst.CSTNode | None) -> Value:
+def _runtime_layer(
+    run: Interp,
+    target: Layer,
+    args: list[Value],
+    kwargs: dict[str, Value],
+    shape: Shape | None,
+    node: cst.CSTNode | None,
+) -> Value:
     """The layers of porter.runtime, as a port calls them."""
     kind = target.kind
     if kind in ("merged_linear", "qkv_linear"):
@@ -917,8 +1104,11 @@ def _runtime_layer(run: Interp, target: Layer, args: list[Value], kwargs: dict[s
         tensors = [a for a in args if isinstance(a, Tensor) and a.op != "positions"]
         query = tensors[0] if tensors else Tensor()
         heads, dim = (target.params.get(k) for k in ("num_heads", "head_dim"))
-        width = heads.size * dim.size if isinstance(heads, Scalar) and isinstance(dim, Scalar) and heads.size \
-            is not None and dim.size is not None else Poly.symbol("<attention>")
+        width = (
+            heads.size * dim.size
+            if isinstance(heads, Scalar) and isinstance(dim, Scalar) and heads.size is not None and dim.size is not None
+            else Poly.symbol("<attention>")
+        )
         tokens = _token_dims(query.shape)
         return build("paged_attention", tuple(args), (*tokens, width), node, layer=target, sizes_only=False)
     if kind == "fused_moe":
@@ -943,13 +1133,16 @@ def packed_sizes(target: Layer) -> list[Poly]:
     return [found[0] * found[2], found[1] * found[2], found[1] * found[2]]
 
 
-def layer_method(run: Interp, base: Layer, name: str, args: list[Value], kwargs: dict[str, Value],
-                 node: cst.CSTNode | None) -> Value:
+def layer_method(
+    run: Interp, base: Layer, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+) -> Value:
     if name == "split" and base.kind in ("qkv_linear", "merged_linear"):
         source = args[0]
         shape = shape_of(source)
-        pieces = tuple(build("shard", (source,), (*shape[:-1], size) if shape else None, node, shard=i, layer=base)
-                       for i, size in enumerate(packed_sizes(base)))
+        pieces = tuple(
+            build("shard", (source,), (*shape[:-1], size) if shape else None, node, shard=i, layer=base)
+            for i, size in enumerate(packed_sizes(base))
+        )
         return Sequence(op="pieces", args=pieces, items=pieces)
     if name in ("append", "extend") and base.kind == "module_list":
         items = base.params.get("items")
@@ -970,10 +1163,20 @@ def attention(run: Interp, short: str, args: list[Value], kwargs: dict[str, Valu
     query, value = given.get("query"), given.get("value")
     shape = shape_of(query) if query is not None else None
     out = (*shape[:-1], (shape_of(value) or shape)[-1]) if shape and value is not None else None
-    core = Tensor(op="attention", args=tuple(v for v in given.values() if isinstance(v, Value)), shape=out, node=node,
-                  attrs={"given": given, "style": short})
+    core = Tensor(
+        op="attention",
+        args=tuple(v for v in given.values() if isinstance(v, Value)),
+        shape=out,
+        node=node,
+        attrs={"given": given, "style": short},
+    )
     if short == "scaled_dot_product_attention":
         return core
-    back = Tensor(op="permute", args=(core,), node=node, attrs={"order": (0, 2, 1, 3)},
-                  shape=(out[0], out[2], out[1], out[3]) if out and len(out) == 4 else None)
+    back = Tensor(
+        op="permute",
+        args=(core,),
+        node=node,
+        attrs={"order": (0, 2, 1, 3)},
+        shape=(out[0], out[2], out[1], out[3]) if out and len(out) == 4 else None,
+    )
     return Sequence(op="tuple", args=(back,), items=(back, const(None)))

@@ -80,8 +80,12 @@ class Program:
         return order
 
     def external_bases(self, info: ClassInfo) -> list[str]:
-        return [self.imports.get(b.split(".")[0], b.split(".")[0]) + b[len(b.split(".")[0]) :]
-                for c in self.mro(info) for b in c.bases if b not in self.classes]
+        return [
+            self.imports.get(b.split(".")[0], b.split(".")[0]) + b[len(b.split(".")[0]) :]
+            for c in self.mro(info)
+            for b in c.bases
+            if b not in self.classes
+        ]
 
     def method(self, info: ClassInfo, name: str, after: ClassInfo | None = None) -> FunctionInfo | None:
         order = self.mro(info)
@@ -150,9 +154,13 @@ def import_names(node: cst.Import | cst.ImportFrom) -> dict[str, str]:
 
 
 def _text_pairs(node: cst.Dict) -> dict[str, str]:
-    return {e.key.raw_value: e.value.raw_value for e in node.elements
-            if isinstance(e, cst.DictElement) and isinstance(e.key, cst.SimpleString)
-            and isinstance(e.value, cst.SimpleString)}
+    return {
+        e.key.raw_value: e.value.raw_value
+        for e in node.elements
+        if isinstance(e, cst.DictElement)
+        and isinstance(e.key, cst.SimpleString)
+        and isinstance(e.value, cst.SimpleString)
+    }
 
 
 def full_name(node: cst.CSTNode | None) -> str:

@@ -28,17 +28,40 @@ from porter.analyze.values import (
 )
 
 _PYTHON: dict[str, Callable[[Any, Any], Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
-    "floor_divide": operator.floordiv, "remainder": operator.mod, "pow": operator.pow,
-    "logical_and": operator.and_, "logical_or": operator.or_, "logical_xor": operator.xor,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "floor_divide": operator.floordiv,
+    "remainder": operator.mod,
+    "pow": operator.pow,
+    "logical_and": operator.and_,
+    "logical_or": operator.or_,
+    "logical_xor": operator.xor,
 }
-_SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floor_divide": "//", "remainder": "%", "pow": "**",
-         "logical_and": "&", "logical_or": "|", "logical_xor": "^"}
+_SIGN = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "div": "/",
+    "floor_divide": "//",
+    "remainder": "%",
+    "pow": "**",
+    "logical_and": "&",
+    "logical_or": "|",
+    "logical_xor": "^",
+}
 _COMPARE: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
-    "Equal": ("==", operator.eq), "NotEqual": ("!=", operator.ne), "LessThan": ("<", operator.lt),
-    "LessThanEqual": ("<=", operator.le), "GreaterThan": (">", operator.gt), "GreaterThanEqual": (">=", operator.ge),
-    "Is": ("is", operator.is_), "IsNot": ("is not", operator.is_not),
-    "In": ("in", lambda a, b: a in b), "NotIn": ("not in", lambda a, b: a not in b),
+    "Equal": ("==", operator.eq),
+    "NotEqual": ("!=", operator.ne),
+    "LessThan": ("<", operator.lt),
+    "LessThanEqual": ("<=", operator.le),
+    "GreaterThan": (">", operator.gt),
+    "GreaterThanEqual": (">=", operator.ge),
+    "Is": ("is", operator.is_),
+    "IsNot": ("is not", operator.is_not),
+    "In": ("in", lambda a, b: a in b),
+    "NotIn": ("not in", lambda a, b: a not in b),
 }
 # The plain rotation is analysed; scaled ones come from the config's rope parameters, in the runtime.
 ROPE_DELEGATED = {"config.rope_scaling is None": True, "config.rope_scaling": False}
@@ -136,7 +159,12 @@ def combine(word: str, left: Value, right: Value) -> Value:
     if known is not None:
         return right if known == (word == "and") else left
     settled = known_truth(right)
-    if settled is not None and settled == (word == "or") and isinstance(right, Scalar) and isinstance(right.const, bool):
+    if (
+        settled is not None
+        and settled == (word == "or")
+        and isinstance(right, Scalar)
+        and isinstance(right.const, bool)
+    ):
         return right
     source = f"({text(left)} {word} {text(right)})"
     return Scalar(op=word, args=(left, right), text=source, size=Poly.symbol(source))
@@ -226,14 +254,18 @@ def _inner(value: Value) -> str:
 def _same_items(left: Sequence, right: Sequence) -> bool:
     return len(left.items) == len(right.items) and all(
         compare("Equal", a, b).attrs.get("sign") is None and known_truth(compare("Equal", a, b)) is not False
-        for a, b in zip(left.items, right.items, strict=True))
+        for a, b in zip(left.items, right.items, strict=True)
+    )
 
 
 def _member(item: Value, box: Sequence | Mapping) -> bool | None:
     if not isinstance(item, Scalar) or not item.known:
         return None
-    keys = list(box.items) if isinstance(box, Mapping) else [
-        v.const if isinstance(v, Scalar) and v.known else None for v in box.items]
+    keys = (
+        list(box.items)
+        if isinstance(box, Mapping)
+        else [v.const if isinstance(v, Scalar) and v.known else None for v in box.items]
+    )
     if isinstance(box, Sequence) and any(not isinstance(v, Scalar) or not v.known for v in box.items):
         return True if item.const in keys else None
     return item.const in keys
@@ -254,8 +286,11 @@ def _by_size(sign: str, left: Value, right: Value) -> bool | None:
         return sign == "!="
     difference = (a - b).number
     if difference is not None:
-        return bool(_COMPARE[{"<": "LessThan", "<=": "LessThanEqual", ">": "GreaterThan",
-                              ">=": "GreaterThanEqual"}[sign]][1](difference, 0))
+        return bool(
+            _COMPARE[{"<": "LessThan", "<=": "LessThanEqual", ">": "GreaterThan", ">=": "GreaterThanEqual"}[sign]][1](
+                difference, 0
+            )
+        )
     if a.number is not None or b.number is not None:
         return (sign in (">", ">=")) == (b.number is not None)
     return (sign in ("<", "<=")) == a.has_tokens
@@ -277,15 +312,24 @@ def call(name: str, function: Callable[..., Any] | None, args: list[Value]) -> S
 def _integral(size: Poly | None) -> bool:
     """Whether a size is a plain product of fields, so that int() changes nothing (a ratio divides evenly)."""
     return size is not None and all(
-        coefficient.denominator == 1 and not any("." not in s and s.endswith("factor") for s, _ in monomial)
+        coefficient.denominator == 1
+        and not any("." not in s and s.endswith("factor") for s, _ in monomial)
         and not any("factor" in s or "pct" in s or "(" in s for s, _ in monomial)
-        for monomial, coefficient in size.terms)
+        for monomial, coefficient in size.terms
+    )
 
 
 MATH: dict[str, Callable[..., Any]] = {
-    name: getattr(math, name) for name in ("sqrt", "log", "log2", "floor", "ceil", "exp", "pow", "cos", "sin", "prod")}
-BUILTIN: dict[str, Callable[..., Any]] = {"int": int, "float": float, "str": str, "abs": abs, "round": round,
-                                          "bool": bool}
+    name: getattr(math, name) for name in ("sqrt", "log", "log2", "floor", "ceil", "exp", "pow", "cos", "sin", "prod")
+}
+BUILTIN: dict[str, Callable[..., Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "abs": abs,
+    "round": round,
+    "bool": bool,
+}
 
 
 def extreme(name: str, args: list[Value]) -> Value:

@@ -64,8 +64,7 @@ def _tied(world: World) -> dict[str, str]:
 
 def _base_prefix(before: Program, after: Facts) -> str:
     """`base_model_prefix` of the class: checkpoints of the bare model lack it."""
-    for info in before.mro(after.entry if after.entry.name not in before.classes
-                           else before.classes[after.entry.name]):
+    for info in before.mro(before.classes.get(after.entry.name, after.entry)):
         node = info.constants.get("base_model_prefix")
         if isinstance(node, cst.SimpleString):
             return str(node.evaluated_value)
@@ -79,7 +78,9 @@ def _skipped(before: Program, after: Facts) -> tuple[str, ...]:
     for info in before.mro(entry) if entry is not None else ():
         node = info.constants.get("_keys_to_ignore_on_load_unexpected")
         if isinstance(node, cst.List):
-            found |= {_plain(str(e.value.evaluated_value)) for e in node.elements if isinstance(e.value, cst.SimpleString)}
+            found |= {
+                _plain(str(e.value.evaluated_value)) for e in node.elements if isinstance(e.value, cst.SimpleString)
+            }
     for cls in before.classes.values():
         init = cls.methods.get("__init__")
         if init is not None:
@@ -97,7 +98,11 @@ def _buffers(init: cst.FunctionDef) -> set[str]:
     """Names given to register_buffer for masks and biases that old checkpoints carry."""
     found: set[str] = set()
     for node in _calls(init):
-        if full_name(node.func) == "self.register_buffer" and node.args and isinstance(node.args[0].value, cst.SimpleString):
+        if (
+            full_name(node.func) == "self.register_buffer"
+            and node.args
+            and isinstance(node.args[0].value, cst.SimpleString)
+        ):
             name = str(node.args[0].value.evaluated_value)
             if name in ("bias", "masked_bias"):
                 found |= {f"{owner}.{name}" for owner in ("attn", "attention", "self_attn")}
@@ -109,7 +114,7 @@ def _calls(node: cst.CSTNode) -> list[cst.Call]:
     return own + [c for child in node.children for c in _calls(child)]
 
 
-# -- transformers' own renames -------------------------------------------------------------------------------------------
+# -- transformers' own renames ---------------------------------------------------------------------
 
 
 def _renames(source: Source, after: Facts) -> dict[str, str]:
@@ -120,8 +125,14 @@ def _renames(source: Source, after: Facts) -> dict[str, str]:
     path = _mapping_file()
     if path is None or source.model_type is None:
         return {}
-    known = {segment for w in after.worlds for v in w.values.values() for x in v
-             if (layer := x.attrs.get("layer")) is not None for segment in str(layer.path).split(".")}
+    known = {
+        segment
+        for w in after.worlds
+        for v in w.values.values()
+        for x in v
+        if (layer := x.attrs.get("layer")) is not None
+        for segment in str(layer.path).split(".")
+    }
     pairs = _mapping(path, after.entry.name) or _mapping(path, source.model_type)
     return {old: new for old, new in pairs if new.split(".")[-1] in known and old.split(".")[-1] not in known}
 
@@ -169,7 +180,11 @@ def _collect(node: cst.CSTNode, aliases: dict[str, str], entries: dict[str, cst.
 def _pair(call: cst.Call) -> tuple[str, str] | None:
     values = []
     for arg in call.args[:2]:
-        node = arg.value.elements[0].value if isinstance(arg.value, cst.List) and len(arg.value.elements) == 1 else arg.value
+        node = (
+            arg.value.elements[0].value
+            if isinstance(arg.value, cst.List) and len(arg.value.elements) == 1
+            else arg.value
+        )
         if not isinstance(node, cst.SimpleString):
             return None
         text = _plain(str(node.evaluated_value))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import libcst as cst
 
 from porter.analyze import scalars
-from porter.analyze.attention import Core, NotUnderstood, _strip, find_cores
+from porter.analyze.attention import Core, NotUnderstood, _strip, _turns, find_cores
 from porter.analyze.facts import Facts, World, line_of
 from porter.analyze.poly import Poly
 from porter.analyze.values import Instance, Layer, Mask, Scalar, Sequence, Tensor, Value, is_none
@@ -68,9 +68,13 @@ def _require_attention(facts: Facts) -> None:
         for values in world.values.values():
             if any(v.op == "paged_attention" for v in values):
                 return
-    raise Refusal("", line_of(facts.program.tree, facts.entry.node), facts.entry.name,
-                  "no attention was found on the way from the tokens to the logits",
-                  "porter ports attention decoders; another kind of mixer needs its own cache")
+    raise Refusal(
+        "",
+        line_of(facts.program.tree, facts.entry.node),
+        facts.entry.name,
+        "no attention was found on the way from the tokens to the logits",
+        "porter ports attention decoders; another kind of mixer needs its own cache",
+    )
 
 
 def read_attention(facts: Facts) -> dict[int, list[Core]]:
@@ -84,8 +88,13 @@ def read_attention(facts: Facts) -> dict[int, list[Core]]:
         try:
             found[i] = find_cores(world)
         except NotUnderstood as error:
-            raise Refusal("", _core_line(facts, world), "attention", str(error),
-                          "see porter explain attend for what is understood") from error
+            raise Refusal(
+                "",
+                _core_line(facts, world),
+                "attention",
+                str(error),
+                "see porter explain attend for what is understood",
+            ) from error
     return found
 
 
@@ -107,14 +116,14 @@ def _core_line(facts: Facts, world: World) -> int:
     return 0
 
 
-# -- placing ---------------------------------------------------------------------------------------------------------------
+# -- placing ---------------------------------------------------------------------------------------
 
 
 def _place(facts: Facts, world: World, core: Core) -> Found:
     """Find, in one function, the expressions that project q, k, v and the one that merges the heads."""
     chains = [_strip(v) for v in (core.query, core.key, core.value)]
     merged = _merged_nodes(world, core)
-    functions = {}
+    functions: dict[cst.FunctionDef, tuple[cst.BaseExpression, bool]] = {}
     for node, merges in merged:
         function = edit.enclosing(facts.program.tree, node, cst.FunctionDef)
         if function is not None:
@@ -122,13 +131,19 @@ def _place(facts: Facts, world: World, core: Core) -> Found:
     for function, (node, merges) in functions.items():
         inside = {n: i for i, n in enumerate(edit.walk(function.body))}
         picked = [_source_node(world, c, inside) for c in chains]
-        owner = next((c.receiver for c in world.calls if c.function.node is function
-                      and isinstance(c.receiver, Instance)), None)
+        owner = next(
+            (c.receiver for c in world.calls if c.function.node is function and isinstance(c.receiver, Instance)), None
+        )
         if all(p is not None for p in picked) and owner is not None:
             known = [p for p in picked if p is not None]
             return Found(world, core, function, owner, node, [n for n, _ in known], [v for _, v in known], merges)
-    raise Refusal("", _core_line(facts, world), "attention",
-                  "its projections and its merged heads are not in one method", "bring them into one forward")
+    raise Refusal(
+        "",
+        _core_line(facts, world),
+        "attention",
+        "its projections and its merged heads are not in one method",
+        "bring them into one forward",
+    )
 
 
 def _merged_nodes(world: World, core: Core) -> list[tuple[cst.BaseExpression, bool]]:
@@ -150,8 +165,9 @@ def _merged_nodes(world: World, core: Core) -> list[tuple[cst.BaseExpression, bo
     return whole or apart
 
 
-def _source_node(world: World, chain: list[Tensor], inside: dict[cst.CSTNode, int]) -> tuple[
-        cst.BaseExpression, Tensor] | None:
+def _source_node(
+    world: World, chain: list[Tensor], inside: dict[cst.CSTNode, int]
+) -> tuple[cst.BaseExpression, Tensor] | None:
     """The expression of a function that makes the earliest of a chain of layouts; a name only if nothing else does."""
     for value in reversed(chain):
         best: cst.BaseExpression | None = None
@@ -165,7 +181,7 @@ def _source_node(world: World, chain: list[Tensor], inside: dict[cst.CSTNode, in
     return None
 
 
-# -- rewriting -------------------------------------------------------------------------------------------------------------
+# -- rewriting -------------------------------------------------------------------------------------
 
 
 class _Rewrite:
@@ -198,13 +214,16 @@ class _Rewrite:
             return
         self.names = [self._target(i, statements[i]) for i in range(3)]
         for statement in dict.fromkeys(statements):
-            made = [f"{self.names[i]} = {edit.code(found.sources[i])}" for i in range(3)
-                    if statements[i] is statement and not isinstance(found.sources[i], cst.Name)]
+            made = [
+                f"{self.names[i]} = {edit.code(found.sources[i])}"
+                for i in range(3)
+                if statements[i] is statement and not isinstance(found.sources[i], cst.Name)
+            ]
             if made:
                 self._replace(statement, made)
 
     def _replace(self, statement: cst.SimpleStatementLine, codes: list[str]) -> None:
-        new = [edit.statement(c) for c in codes if not c.split(" = ")[0] == c.split(" = ", 1)[1]]
+        new = [edit.statement(c) for c in codes if c.split(" = ")[0] != c.split(" = ", 1)[1]]
         if new:
             new[0] = new[0].with_changes(leading_lines=statement.leading_lines)
         self.edits[statement] = lambda _: cst.FlattenSentinel(new)
@@ -259,8 +278,13 @@ class _Rewrite:
         found = [f for f in self.group.found if f.merged is node]
         rotated = {f.core.rotation is not None for f in found}
         if len(rotated) > 1:
-            raise Refusal("", line_of(self.tree, node), "attention", "it is rotated on some paths only",
-                          "a config condition inside one attention call is not supported")
+            raise Refusal(
+                "",
+                line_of(self.tree, node),
+                "attention",
+                "it is rotated on some paths only",
+                "a config condition inside one attention call is not supported",
+            )
         first = ["positions"] if rotated == {True} else []
         arguments = ", ".join([*first, *self.names, "kv_cache", "attn_metadata"])
         tail = "" if found[0].merges_heads else f".unflatten(-1, (-1, {self._size(found[0], found[0].core.head_dim)}))"
@@ -272,8 +296,9 @@ class _Rewrite:
     def _construct(self) -> None:
         init = self.facts.program.method(self.first.owner.cls, "__init__") if self.first.owner.cls else None
         if init is None or init.owner is None:
-            raise Refusal("", line_of(self.tree, self.group.function), "attention", "its class has no __init__",
-                          "give it one")
+            raise Refusal(
+                "", line_of(self.tree, self.group.function), "attention", "its class has no __init__", "give it one"
+            )
         self.init = init.node
         lines = self._layer_lines()
         self.edits[init.node.body] = lambda updated: updated.with_changes(body=[*updated.body, *edit.block(lines)])
@@ -293,15 +318,22 @@ class _Rewrite:
         first, rest = chosen.split(" if ", 1)
         condition, other = rest.rsplit(" else ", 1)
         if first not in made or other not in made:
-            raise Refusal("", line_of(self.tree, self.group.function), "attention",
-                          "the config chooses between more than two kinds of attention", "split the class")
+            raise Refusal(
+                "",
+                line_of(self.tree, self.group.function),
+                "attention",
+                "the config chooses between more than two kinds of attention",
+                "split the class",
+            )
         return f"if {condition}:\n    self.attn = {made[first]}\nelse:\n    self.attn = {made[other]}\n"
 
     def _constructor(self, kind: str, found: list[Found]) -> str:
         self.imports.setdefault(PAGED, set()).add(kind)
-        fields = [self._vary(found, lambda f: self._size(f, f.core.heads)),
-                  self._vary(found, lambda f: self._size(f, f.core.head_dim)),
-                  self._vary(found, lambda f: self._scaling(f))]
+        fields = [
+            self._vary(found, lambda f: self._size(f, f.core.heads)),
+            self._vary(found, lambda f: self._size(f, f.core.head_dim)),
+            self._vary(found, lambda f: self._scaling(f)),
+        ]
         kv = self._vary(found, lambda f: self._size(f, f.core.kv_heads))
         if kv != fields[0]:
             fields.append(f"num_kv_heads={kv}")
@@ -318,9 +350,13 @@ class _Rewrite:
         try:
             return edit.choose(cases)
         except ValueError:
-            raise Refusal("", line_of(self.tree, self.group.function), "attention",
-                          f"its traits differ in a way that no config field tells: {sorted({t for _, t in cases})}",
-                          "port the layer kinds as two classes") from None
+            raise Refusal(
+                "",
+                line_of(self.tree, self.group.function),
+                "attention",
+                f"its traits differ in a way that no config field tells: {sorted({t for _, t in cases})}",
+                "port the layer kinds as two classes",
+            ) from None
 
     def _size(self, found: Found, size: Poly | None, known: set[str] | None = None) -> str:
         """A size as an attribute of the attention (one of `known`) if one holds it, else over config fields."""
@@ -338,8 +374,13 @@ class _Rewrite:
         """Source over `config`, valid in the attention's __init__."""
         params = {p.name.value for p in edit.params_of(self.init)}
         if "config" in text and "config" not in params:
-            raise Refusal("", line_of(self.tree, self.init), "attention", f"its __init__ has no config for {text}",
-                          "pass the config to the class")
+            raise Refusal(
+                "",
+                line_of(self.tree, self.init),
+                "attention",
+                f"its __init__ has no config for {text}",
+                "pass the config to the class",
+            )
         if "layer_idx" in text and "layer_idx" not in params:
             index = next((n for n, v in found.owner.attrs.items() if isinstance(v, Scalar) and v.op == "index"), None)
             bound = next((c.bound for c in found.world.calls if c.function.node is self.init), {})
@@ -378,8 +419,13 @@ class _Rewrite:
                 options.append(f"sliding_window={text}")
         for name in ("softcap", "sinks"):
             if any(getattr(f.core, name) is not None for f in found):
-                options.append(name + "=" + self._vary(
-                    found, lambda f, n=name: self._value(f, getattr(f.core, n)) if getattr(f.core, n) else "None"))
+                options.append(
+                    name
+                    + "="
+                    + self._vary(
+                        found, lambda f, n=name: self._value(f, getattr(f.core, n)) if getattr(f.core, n) else "None"
+                    )
+                )
         return options
 
     def _window(self, found: Found) -> str:
@@ -388,8 +434,11 @@ class _Rewrite:
             return self._value(found, core.window)
         if core.by_key is not None:
             keys = core.by_key.attrs["keys"]
-            sliding = [k for k, m in zip(keys, core.by_key.args[1:], strict=True)
-                       if isinstance(m, Mask) and m.kind == "sliding"]
+            sliding = [
+                k
+                for k, m in zip(keys, core.by_key.args[1:], strict=True)
+                if isinstance(m, Mask) and m.kind == "sliding"
+            ]
             if sliding:
                 key = self._expression(scalars.text(core.by_key.args[0]), found)
                 window = next(m.window for m in core.by_key.args[1:] if isinstance(m, Mask) and m.kind == "sliding")
@@ -407,8 +456,10 @@ class _Rewrite:
         else:
             self.imports.setdefault("porter.runtime.layers.rope", set()).add("get_rope_parameters")
             parameters = "get_rope_parameters(config)"
-        fields = [f"rope_parameters={self._expression(parameters, found[0])}",
-                  f"max_position={self._expression('config.max_position_embeddings', found[0])}"]
+        fields = [
+            f"rope_parameters={self._expression(parameters, found[0])}",
+            f"max_position={self._expression('config.max_position_embeddings', found[0])}",
+        ]
         if not rotation.full and not any(w in f for f in rotation.fields for w in ("partial", "pct")):
             fields.append(f"rotary_dim={self._rotary_dim(found[0])}")
         if rotation.interleaved:
@@ -419,14 +470,23 @@ class _Rewrite:
         for name, value in found.owner.attrs.items():
             if isinstance(value, Scalar) and not value.known and "rotary" in f"{name} {value.text}":
                 return f"self.{name}"
-        raise Refusal("", line_of(self.tree, self.group.function), "partial rotation",
-                      "how many dims it turns is no attribute of the attention", "keep it as self.rotary_dim")
+        raise Refusal(
+            "",
+            line_of(self.tree, self.group.function),
+            "partial rotation",
+            "how many dims it turns is no attribute of the attention",
+            "keep it as self.rotary_dim",
+        )
 
     def _alibi(self, found: list[Found], heads: str) -> list[str]:
         self.imports.setdefault("porter.runtime.layers.alibi", set()).add("get_alibi_slopes")
-        factors = self._vary(found, lambda f: " * ".join(
-            [self._value(f, v) for op, v in f.core.alibi_scale if op == "mul" and not _is_one(v)]
-            + [f"1 / {self._value(f, v)}" for op, v in f.core.alibi_scale if op == "div"]))
+        factors = self._vary(
+            found,
+            lambda f: " * ".join(
+                [self._value(f, v) for op, v in f.core.alibi_scale if op == "mul" and not _is_one(v)]
+                + [f"1 / {self._value(f, v)}" for op, v in f.core.alibi_scale if op == "div"]
+            ),
+        )
         slopes = f"get_alibi_slopes({heads})"
         fields = [f"alibi_slopes={slopes} * {factors}" if factors else f"alibi_slopes={slopes}"]
         if found[0].core.alibi_dtype:
@@ -439,10 +499,17 @@ class _Rewrite:
         node = self.first.sources[0]
         assert isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute)
         name = node.func.attr.value
-        layouts = {f.core.fused for f in self.group.found if f.core.kv_heads != Poly.const(1)} or {self.first.core.fused}
+        layouts = {f.core.fused for f in self.group.found if f.core.kv_heads != Poly.const(1)} or {
+            self.first.core.fused
+        }
         if len(layouts) > 1:
-            raise Refusal("", line_of(self.tree, node), name, "the config chooses between layouts of one projection",
-                          "port the layouts as two classes")
+            raise Refusal(
+                "",
+                line_of(self.tree, node),
+                name,
+                "the config chooses between layouts of one projection",
+                "port the layouts as two classes",
+            )
         self.facts.notes.setdefault("fused", {})[name] = layouts.pop()
         self.imports.setdefault(LINEAR, set()).add("QKVParallelLinear")
         for creation in _creations(init, name):
@@ -476,14 +543,17 @@ def _is_windowed(core: Core) -> bool:
     """Whether the mask, which is what eager attention obeys, limits the window."""
     masks = [m for m, _ in core.addends]
     sliding = any(isinstance(m, Mask) and m.kind == "sliding" for m in masks)
-    return sliding or (core.by_key is not None and any(
-        isinstance(m, Mask) and m.kind == "sliding" for m in core.by_key.args[1:]))
+    return sliding or (
+        core.by_key is not None and any(isinstance(m, Mask) and m.kind == "sliding" for m in core.by_key.args[1:])
+    )
 
 
 def _over_self(node: cst.BaseExpression, found: Found) -> bool:
     """Whether an expression reads only attributes that __init__ sets, and math."""
     names = edit.names_read(node)
-    attributes = {n.attr.value for n in edit.walk(node) if isinstance(n, cst.Attribute) and edit.code(n.value) == "self"}
+    attributes = {
+        n.attr.value for n in edit.walk(node) if isinstance(n, cst.Attribute) and edit.code(n.value) == "self"
+    }
     return names <= {"self", "math"} and attributes <= set(found.owner.attrs) and isinstance(node, cst.BaseExpression)
 
 
@@ -495,14 +565,16 @@ def _between(found: Found) -> set[int]:
     inside = {id(v) for v in core.output.walk() if id(v) not in before or v in sources}
     for values in found.world.values.values():
         for value in values:
-            if value.op in ("shape", "part", "size") and value.args and _measures(value, inside):
-                inside.add(id(value))
-            elif isinstance(value, Tensor) and core.output in _strip(value):
-                inside.add(id(value))
-            elif isinstance(value, Tensor) and any(s in _strip(value) for s in sources):
-                inside.add(id(value))
-            elif isinstance(value, Sequence) and value.items and all(
-                    id(i) in inside or (isinstance(i, Scalar) and i.const is None) for i in value.items):
+            if (
+                (value.op in ("shape", "part", "size") and value.args and _measures(value, inside))
+                or (isinstance(value, Tensor) and core.output in _strip(value))
+                or (isinstance(value, Tensor) and any(s in _strip(value) for s in sources))
+                or (
+                    isinstance(value, Sequence)
+                    and value.items
+                    and all(id(i) in inside or (isinstance(i, Scalar) and i.const is None) for i in value.items)
+                )
+            ):
                 inside.add(id(value))
     return inside - {id(v) for node, v in zip(found.sources, sources, strict=True) if isinstance(node, cst.Name)}
 
@@ -515,12 +587,12 @@ def _measures(value: Value, inside: set[int]) -> bool:
 
 def _creations(init: cst.FunctionDef, name: str) -> list[cst.Call]:
     """The calls that make `self.<name>` in an __init__."""
-    found = []
-    for node in edit.walk(init.body):
-        if isinstance(node, cst.Assign) and isinstance(node.value, cst.Call):
-            if any(isinstance(t, cst.Attribute) and edit.code(t) == f"self.{name}" for t in edit.targets(node)):
-                found.append(node.value)
-    return found
+    assigns = [n for n in edit.walk(init.body) if isinstance(n, cst.Assign)]
+    return [
+        n.value
+        for n in assigns
+        if isinstance(n.value, cst.Call) and any(edit.code(t) == f"self.{name}" for t in edit.targets(n))
+    ]
 
 
 def _layer_of(owner: Instance, name: str) -> Layer | None:
@@ -549,3 +621,19 @@ def _creation_parts(creation: cst.Call, layer: Layer | None) -> tuple[str, str]:
         return named.get("nx", plain[1] if len(plain) > 1 else "nx"), "True"
     inputs = named.get("in_features", plain[0] if plain else "in_features")
     return inputs, named.get("bias", plain[2] if len(plain) > 2 else "True")
+
+
+def turns_queries(facts: Facts) -> bool:
+    """Whether queries are turned by position on any path, in the file's own code or in an attention layer."""
+    for world in facts.worlds:
+        for values in world.values.values():
+            for value in values:
+                if value.op == "attention" and _turns(value.attrs["given"]["query"]):
+                    return True
+                if value.op in ("matmul", "bmm", "baddbmm", "einsum") and any(_turns(a) for a in value.args):
+                    return True
+                if value.op == "paged_attention":
+                    layer = value.attrs["layer"]
+                    if layer.attrs.get("class") == "PagedAttentionWithRoPE" or any(_turns(a) for a in value.args):
+                        return True
+    return False

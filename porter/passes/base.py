@@ -71,6 +71,9 @@ def discover() -> list[Pass]:
     found: list[Pass] = []
     for module_info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
-        found += [v() for v in vars(module).values() if isinstance(v, type) and issubclass(v, Pass)
-                  and v is not Pass and v.__module__ == module.__name__]
+        found += [
+            v()
+            for v in vars(module).values()
+            if isinstance(v, type) and issubclass(v, Pass) and v is not Pass and v.__module__ == module.__name__
+        ]
     return sorted(found, key=lambda p: (p.stage, not p.first, p.name))

@@ -218,10 +218,13 @@ def _constants(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edi
         if function.name.value == "__init__" and text not in ("None", "True", "False"):
             continue
         for node in edit.walk(function.body):
-            if isinstance(node, cst.Name) and node.value == name and name in edit.names_read(function.body):
-                if all(isinstance(v, Scalar) and v.known for v in facts.values(node)) and facts.values(node):
-                    edits[node] = edit.replace(text)
+            if isinstance(node, cst.Name) and node.value == name and _is_known(facts.values(node)):
+                edits[node] = edit.replace(text)
     return edits
+
+
+def _is_known(values: list[Value]) -> bool:
+    return bool(values) and all(isinstance(v, Scalar) and v.known for v in values)
 
 
 def _is_bound(function: cst.FunctionDef, name: str) -> bool:

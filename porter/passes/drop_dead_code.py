@@ -232,7 +232,13 @@ class _Liveness:
                     for target in edit.targets(node):
                         if isinstance(target, cst.Attribute) and self._is_read(target.attr.value):
                             return True
-                if isinstance(node, cst.Call) and edit.code(node.func) == "self.register_buffer" and node.args:
-                    if self._is_read(edit.code(node.args[0].value).strip("\"'")):
-                        return True
+                if isinstance(node, cst.Call) and self._is_read(_buffer(node)):
+                    return True
         return False
+
+
+def _buffer(node: cst.Call) -> str:
+    """The name that a register_buffer call gives, else nothing."""
+    if edit.code(node.func) != "self.register_buffer" or not node.args:
+        return ""
+    return edit.code(node.args[0].value).strip("\"'")

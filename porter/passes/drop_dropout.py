@@ -29,9 +29,15 @@ class DropDropout(Pass):
 
     stage = Stage.STRIP
     reason = "the call is the identity at inference"
-    EXAMPLES = (Example(_BEFORE, _BEFORE.replace(
-        "nn.functional.dropout(self.drop(self.embed(input_ids)), p=0.1, training=self.training)",
-        "self.embed(input_ids)")),)
+    EXAMPLES = (
+        Example(
+            _BEFORE,
+            _BEFORE.replace(
+                "nn.functional.dropout(self.drop(self.embed(input_ids)), p=0.1, training=self.training)",
+                "self.embed(input_ids)",
+            ),
+        ),
+    )
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
@@ -50,5 +56,8 @@ def _is_identity(facts: Facts, node: cst.Call) -> bool:
         return False
     if not all(isinstance(r, Tensor) and r is i for r, i in zip(results, inputs, strict=True)):
         return False
-    return all(isinstance(c, Layer) and c.kind in ("dropout", "identity")
-               or isinstance(c, External) and c.name.endswith(".dropout") for c in callees)
+    return all(
+        (isinstance(c, Layer) and c.kind in ("dropout", "identity"))
+        or (isinstance(c, External) and c.name.endswith(".dropout"))
+        for c in callees
+    )

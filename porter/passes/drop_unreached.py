@@ -77,8 +77,9 @@ def _constant_read(facts: Facts, name: str) -> bool:
     return name == "weight_rules" or any(n == name for w in facts.worlds for _, n in w.attribute_reads)
 
 
-def _top_level(facts: Facts, statement: cst.BaseStatement | cst.CSTNode, keep: set[str],
-               read: set[str]) -> dict[cst.CSTNode, edit.Edit]:
+def _top_level(
+    facts: Facts, statement: cst.BaseStatement | cst.CSTNode, keep: set[str], read: set[str]
+) -> dict[cst.CSTNode, edit.Edit]:
     if isinstance(statement, cst.ClassDef):
         if statement.name.value not in keep:
             return {statement: edit.remove}
@@ -154,7 +155,8 @@ def _class(facts: Facts, node: cst.ClassDef, keep: set[str]) -> dict[cst.CSTNode
     bases = _bases(facts, info.bases, keep)
     if node.decorators or bases != list(info.bases):
         edits[node] = lambda updated: updated.with_changes(
-            decorators=[], bases=[cst.Arg(edit.parse(b)) for b in bases], lpar=cst.LeftParen(), rpar=cst.RightParen())
+            decorators=[], bases=[cst.Arg(edit.parse(b)) for b in bases], lpar=cst.LeftParen(), rpar=cst.RightParen()
+        )
     edits.update(_plain_super(facts, node, bases))
     return edits
 
@@ -163,8 +165,12 @@ def _bases(facts: Facts, bases: tuple[str, ...], keep: set[str]) -> list[str]:
     """Bases of a port: those kept, library layers as they are, and nn.Module for the rest."""
     found: list[str] = []
     for base in bases:
-        if base in keep or (base not in facts.program.classes and base.rsplit(".", 1)[-1] not in PLAIN_BASES
-                            and not base.endswith("PreTrainedModel") and "Generation" not in base):
+        if base in keep or (
+            base not in facts.program.classes
+            and base.rsplit(".", 1)[-1] not in PLAIN_BASES
+            and not base.endswith("PreTrainedModel")
+            and "Generation" not in base
+        ):
             found.append(base)
     return found or ["nn.Module"]
 
@@ -175,10 +181,12 @@ def _plain_super(facts: Facts, node: cst.ClassDef, bases: list[str]) -> dict[cst
         return {}
     edits: dict[cst.CSTNode, edit.Edit] = {}
     for inner in edit.walk(node):
-        if isinstance(inner, cst.Call) and edit.code(inner.func) == "super().__init__" and inner.args:
-            edits[inner] = edit.replace("super().__init__()")
-        elif isinstance(inner, cst.Call) and edit.code(inner.func).startswith("super(") \
-                and edit.code(inner.func).endswith(").__init__") and edit.code(inner) != "super().__init__()":
+        if (isinstance(inner, cst.Call) and edit.code(inner.func) == "super().__init__" and inner.args) or (
+            isinstance(inner, cst.Call)
+            and edit.code(inner.func).startswith("super(")
+            and edit.code(inner.func).endswith(").__init__")
+            and edit.code(inner) != "super().__init__()"
+        ):
             edits[inner] = edit.replace("super().__init__()")
     return edits
 

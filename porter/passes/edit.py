@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import libcst as cst
@@ -10,8 +10,30 @@ import libcst as cst
 Edit = Callable[[Any], Any]
 
 
-_LOOKS = ("whitespace", "lpar", "rpar", "comma", "equal", "semicolon", "lines", "header", "footer", "newline", "indent",
-          "colon", "dot", "lbracket", "rbracket", "lbrace", "rbrace", "comment", "encoding", "prefix", "start", "end")
+_LOOKS = (
+    "whitespace",
+    "lpar",
+    "rpar",
+    "comma",
+    "equal",
+    "semicolon",
+    "lines",
+    "header",
+    "footer",
+    "newline",
+    "indent",
+    "colon",
+    "dot",
+    "lbracket",
+    "rbracket",
+    "lbrace",
+    "rbrace",
+    "comment",
+    "encoding",
+    "prefix",
+    "start",
+    "end",
+)
 _FIELDS: dict[type, tuple[str, ...]] = {}
 
 
@@ -19,8 +41,12 @@ def _fields(node: cst.CSTNode) -> tuple[str, ...]:
     """The fields of a node that hold code, not its look."""
     kind = type(node)
     if kind not in _FIELDS:
-        _FIELDS[kind] = tuple(n for n in kind.__dataclass_fields__ if n != "value_type" and not any(
-            n == look or n.endswith(f"_{look}") or "whitespace" in n for look in _LOOKS))
+        _FIELDS[kind] = tuple(
+            n
+            for n in kind.__dataclass_fields__
+            if n != "value_type"
+            and not any(n == look or n.endswith(f"_{look}") or "whitespace" in n for look in _LOOKS)
+        )
     return _FIELDS[kind]
 
 
@@ -30,8 +56,9 @@ _WALKS: dict[cst.CSTNode, tuple[cst.CSTNode, ...]] = {}
 _REMEMBERED = 200_000
 
 
-def _remember(memory: dict[cst.CSTNode, tuple[cst.CSTNode, ...]], node: cst.CSTNode,
-              found: list[cst.CSTNode]) -> tuple[cst.CSTNode, ...]:
+def _remember(
+    memory: dict[cst.CSTNode, tuple[cst.CSTNode, ...]], node: cst.CSTNode, found: list[cst.CSTNode]
+) -> tuple[cst.CSTNode, ...]:
     """Keep what was found for a node, which never changes; forget all when there is too much."""
     if len(memory) > _REMEMBERED:
         memory.clear()
@@ -125,8 +152,9 @@ def _tidied_if(node: cst.If) -> Any:
 
 
 def only_pass(body: cst.BaseSuite) -> bool:
-    return all(isinstance(s, cst.SimpleStatementLine) and all(isinstance(x, cst.Pass) for x in s.body)
-               for s in body.body)
+    return all(
+        isinstance(s, cst.SimpleStatementLine) and all(isinstance(x, cst.Pass) for x in s.body) for s in body.body
+    )
 
 
 def negate(test: cst.BaseExpression) -> cst.BaseExpression:
@@ -201,9 +229,7 @@ def names_read(node: cst.CSTNode) -> set[str]:
 def _collect(node: cst.CSTNode, found: set[str]) -> None:
     if isinstance(node, cst.Name):
         found.add(node.value)
-    elif isinstance(node, cst.Attribute):
-        _collect(node.value, found)
-    elif isinstance(node, cst.Arg):
+    elif isinstance(node, (cst.Attribute, cst.Arg)):
         _collect(node.value, found)
     elif isinstance(node, cst.Assign):
         _collect(node.value, found)
@@ -298,13 +324,23 @@ def add_imports(tree: cst.Module, wanted: Mapping[str, Iterable[str]]) -> cst.Mo
     from porter.analyze.program import Program
 
     present = set(Program.read(tree).imports)
-    new = [statement(f"from {module} import {', '.join(sorted(set(names) - present))}")
-           for module, names in sorted(wanted.items()) if set(names) - present]
+    new = [
+        statement(f"from {module} import {', '.join(sorted(set(names) - present))}")
+        for module, names in sorted(wanted.items())
+        if set(names) - present
+    ]
     if not new:
         return tree
     body = list(tree.body)
-    place = max((i + 1 for i, s in enumerate(body) if isinstance(s, cst.SimpleStatementLine)
-                 and any(isinstance(x, cst.Import | cst.ImportFrom) for x in s.body)), default=0)
+    place = max(
+        (
+            i + 1
+            for i, s in enumerate(body)
+            if isinstance(s, cst.SimpleStatementLine)
+            and any(isinstance(x, cst.Import | cst.ImportFrom) for x in s.body)
+        ),
+        default=0,
+    )
     return tree.with_changes(body=[*body[:place], *new, *body[place:]])
 
 

@@ -229,8 +229,7 @@ def _size(facts: Facts, node: cst.BaseExpression, sizes: list[Scalar]) -> dict[c
     if source.shape[index.const].has_tokens:
         return {node: edit.replace(TOKEN_COUNT)}
     place = index.const - len(source.shape)
-    text = edit.code(node.value if isinstance(node, cst.Subscript) else node.func.value)
-    base = text.removesuffix(".shape").removesuffix(".size()")
+    base = edit.code(node).rsplit("[", 1)[0].rsplit(".size(", 1)[0].removesuffix(".shape").removesuffix(".size()")
     return {node: edit.replace(f"{base}.shape[{place}]")}
 
 
@@ -351,10 +350,10 @@ def _dim_codes(facts: Facts, node: cst.CSTNode, value: Tensor, count: int) -> li
     if isinstance(node.func, cst.Attribute) and _is_module(node.func.value):
         args = args[1:]
     if len(args) == 1:
-        inner = args[0]
+        inner: cst.CSTNode = args[0]
         if not isinstance(inner, cst.Tuple):
-            origin = [v.node for v in facts.values(inner) if isinstance(v, Sequence)]
-            inner = origin[0] if origin and isinstance(origin[0], cst.Tuple) else inner  # type: ignore[assignment]
+            origin = [v.node for v in facts.values(args[0]) if isinstance(v, Sequence)]
+            inner = origin[0] if origin and isinstance(origin[0], cst.Tuple) else inner
         args = [e.value for e in inner.elements] if isinstance(inner, cst.Tuple) else args
     if len(args) < count or any(isinstance(a, cst.StarredElement) for a in args[-count:]):
         raise _refuse(facts, node, "the sizes of its last dims are not written out")

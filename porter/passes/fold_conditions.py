@@ -12,7 +12,6 @@ from porter.analyze.values import ClassRef, Scalar
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 
-
 _BEFORE = """\
 from torch import nn
 

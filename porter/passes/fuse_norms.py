@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import libcst as cst
@@ -50,22 +51,30 @@ def _recognise(facts: Facts, name: str) -> Norm | None:
     init = facts.program.method(info, "__init__")
     if forward is None or init is None or len(edit.params_of(forward.node)) != 2:
         return None
-    found = {_of_record(facts, r, init.node) for r in facts.calls_of(forward.node)
-             if isinstance(r.receiver, Instance) and r.receiver.cls is info}
+    found = {
+        _of_record(facts, r, init.node)
+        for r in facts.calls_of(forward.node)
+        if isinstance(r.receiver, Instance) and r.receiver.cls is info
+    }
     return found.pop() if len(found) == 1 else None
 
 
 def _of_record(facts: Facts, record: CallRecord, init: cst.FunctionDef) -> Norm | None:
     instance, result = record.receiver, record.result
-    weights = [v for v in instance.attrs.values() if isinstance(v, Tensor) and v.op == "parameter"] if isinstance(
-        instance, Instance) else []
+    weights = (
+        [v for v in instance.attrs.values() if isinstance(v, Tensor) and v.op == "parameter"]
+        if isinstance(instance, Instance)
+        else []
+    )
     source = next((v for k, v in record.bound.items() if k != "self" and isinstance(v, Tensor)), None)
     if len(weights) != 1 or source is None or not isinstance(result, Tensor):
         return None
     eps = [v for v in _inside(result, source, weights[0]) if isinstance(v, Scalar) and not v.known and v.op != "dtype"]
     form = _form(result, source, weights[0], eps)
-    bound = next((c.bound for w in facts.worlds for c in w.calls if c.function.node is init
-                  and c.bound.get("self") is instance), None)
+    bound = next(
+        (c.bound for w in facts.worlds for c in w.calls if c.function.node is init and c.bound.get("self") is instance),
+        None,
+    )
     if form is None or bound is None or weights[0].shape is None:
         return None
     width = _parameter_of(bound, weights[0].shape[0])
@@ -85,7 +94,7 @@ def _inside(result: Value, *ends: Tensor) -> list[Value]:
     return list(seen.values())[len(ends) :]
 
 
-def _parameter_of(bound: dict[str, object], size: Poly) -> str:
+def _parameter_of(bound: Mapping[str, Value], size: Poly) -> str:
     return next((k for k, v in bound.items() if isinstance(v, Scalar) and v.size == size), "")
 
 
@@ -99,7 +108,11 @@ def _form(result: Tensor, source: Tensor, weight: Tensor, eps: list[Scalar]) -> 
         found = np.asarray(e(result))
     except Unevaluable:
         return None
-    values = [EPS] if eps else [v.const for v in _inside(result, source, weight) if isinstance(v, Scalar) and isinstance(v.const, float)]
+    values = (
+        [EPS]
+        if eps
+        else [v.const for v in _inside(result, source, weight) if isinstance(v, Scalar) and isinstance(v.const, float)]
+    )
     for epsilon in values:
         normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
         if found.shape == x.shape and np.allclose(found, normed * w, atol=1e-9) and _rounds_before_weight(result):
@@ -110,8 +123,11 @@ def _form(result: Tensor, source: Tensor, weight: Tensor, eps: list[Scalar]) -> 
 
 
 def _rounds_before_weight(result: Tensor) -> bool:
-    return result.op == "mul" and any(a.op == "parameter" for a in result.args) and any(
-        a.op in ("to", "type_as", "type") for a in result.args)
+    return (
+        result.op == "mul"
+        and any(a.op == "parameter" for a in result.args)
+        and any(a.op in ("to", "type_as", "type") for a in result.args)
+    )
 
 
 def _rounds_last(result: Tensor) -> bool:

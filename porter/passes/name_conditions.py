@@ -8,7 +8,6 @@ from porter.analyze.facts import Facts, World
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage
 
-
 _BEFORE = """\
 from torch import nn
 

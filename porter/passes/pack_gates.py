@@ -29,8 +29,10 @@ class PackGates(Pass):
                 if isinstance(node, cst.BinaryOperation) and isinstance(node.operator, cst.Multiply):
                     edits = _pack(facts, function, node)
                     if edits:
-                        return edit.add_imports(edit.rewrite(facts.program.tree, edits), {
-                            LINEAR: ["MergedColumnParallelLinear"], ACTIVATION: ["get_act_and_mul"]})
+                        return edit.add_imports(
+                            edit.rewrite(facts.program.tree, edits),
+                            {LINEAR: ["MergedColumnParallelLinear"], ACTIVATION: ["get_act_and_mul"]},
+                        )
         return facts.program.tree
 
 
@@ -41,8 +43,13 @@ def _gated(value: Value) -> tuple[Tensor, Tensor, Tensor] | None:
     for activated, up in (value.args[:2], value.args[1::-1]):
         if activated.op in ("activation", "silu", "gelu", "relu") and isinstance(activated, Tensor):
             gate = activated.args[0]
-            if gate.op == "linear" and up.op == "linear" and isinstance(gate, Tensor) and isinstance(up, Tensor) \
-                    and gate.args[0] is up.args[0]:
+            if (
+                gate.op == "linear"
+                and up.op == "linear"
+                and isinstance(gate, Tensor)
+                and isinstance(up, Tensor)
+                and gate.args[0] is up.args[0]
+            ):
                 return activated, gate, up
     return None
 
@@ -95,8 +102,11 @@ def _parts(creation: cst.Call, layer: Layer) -> tuple[str, str, str]:
 def _source(facts: Facts, function: cst.FunctionDef, gate: Tensor) -> str | None:
     """The expression that both projections read."""
     for node in edit.walk(function.body):
-        if isinstance(node, cst.Call) and node.args and any(
-                v.op == "linear" and layer_of(v) is layer_of(gate) for v in facts.values(node)):
+        if (
+            isinstance(node, cst.Call)
+            and node.args
+            and any(v.op == "linear" and layer_of(v) is layer_of(gate) for v in facts.values(node))
+        ):
             return edit.code(node.args[0].value)
     return None
 
@@ -124,9 +134,15 @@ def _activation_name(node: cst.BaseExpression, layer: Layer) -> str:
     return repr(name.const) if isinstance(name, Scalar) and name.known else "'silu'"
 
 
-def _edits(facts: Facts, init: cst.FunctionDef, node: cst.BinaryOperation, creations: list[list[cst.Call]],
-           made: tuple[str, str, str], source: str, activation: tuple[str, str, cst.Call | None],
-           ) -> dict[cst.CSTNode, edit.Edit]:
+def _edits(
+    facts: Facts,
+    init: cst.FunctionDef,
+    node: cst.BinaryOperation,
+    creations: list[list[cst.Call]],
+    made: tuple[str, str, str],
+    source: str,
+    activation: tuple[str, str, cst.Call | None],
+) -> dict[cst.CSTNode, edit.Edit]:
     tree = facts.program.tree
     inputs, outputs, bias = made
     attribute, name, creation = activation
@@ -136,7 +152,7 @@ def _edits(facts: Facts, init: cst.FunctionDef, node: cst.BinaryOperation, creat
     new = [edit.statement(merged).with_changes(leading_lines=order[0].leading_lines)]
     if creation is None:
         new.append(edit.statement(f"self.{attribute} = get_act_and_mul({name})"))
-    edits: dict[cst.CSTNode, edit.Edit] = {line: edit.remove for line in order}
+    edits: dict[cst.CSTNode, edit.Edit] = dict.fromkeys(order, edit.remove)
     edits[order[0]] = lambda _: cst.FlattenSentinel(new)
     if creation is not None:
         edits[creation] = edit.replace(f"get_act_and_mul({name})")

@@ -47,8 +47,12 @@ class PackProjections(Pass):
 
 
 def _attention(facts: Facts, node: cst.Call) -> list[tuple[World, Tensor]]:
-    return [(w, v) for w in facts.worlds for v in w.values.get(node, ()) if isinstance(v, Tensor)
-            and v.op == "paged_attention"]
+    return [
+        (w, v)
+        for w in facts.worlds
+        for v in w.values.get(node, ())
+        if isinstance(v, Tensor) and v.op == "paged_attention"
+    ]
 
 
 def _inputs(value: Tensor) -> list[Tensor]:
@@ -119,7 +123,9 @@ def _init_of(facts: Facts, function: cst.FunctionDef) -> cst.FunctionDef | None:
 
 
 def _attn_constructors(init: cst.FunctionDef) -> list[cst.Call]:
-    return [n for n in edit.walk(init.body) if isinstance(n, cst.Call) and edit.code(n.func).startswith("PagedAttention")]
+    return [
+        n for n in edit.walk(init.body) if isinstance(n, cst.Call) and edit.code(n.func).startswith("PagedAttention")
+    ]
 
 
 def _counts(call: cst.Call) -> tuple[str, str, str]:
@@ -129,8 +135,9 @@ def _counts(call: cst.Call) -> tuple[str, str, str]:
     return plain[0], plain[1], named.get("num_kv_heads", plain[0])
 
 
-def _packed_init(facts: Facts, init: cst.FunctionDef, trio: Trio, creations: list[list[cst.Call]],
-                 parts: tuple[str, str]) -> dict[cst.CSTNode, edit.Edit]:
+def _packed_init(
+    facts: Facts, init: cst.FunctionDef, trio: Trio, creations: list[list[cst.Call]], parts: tuple[str, str]
+) -> dict[cst.CSTNode, edit.Edit]:
     tree = facts.program.tree
     constructor = _attn_constructors(init)
     heads, dim, kv = _counts(constructor[0])
@@ -139,7 +146,7 @@ def _packed_init(facts: Facts, init: cst.FunctionDef, trio: Trio, creations: lis
     shared = f", {kv}" if kv != heads else ""
     made = edit.statement(f"self.{PACKED} = QKVParallelLinear({parts[0]}, {dim}, {heads}{shared}, bias={parts[1]})")
     made = made.with_changes(leading_lines=order[0].leading_lines)
-    edits: dict[cst.CSTNode, edit.Edit] = {line: edit.remove for line in order}
+    edits: dict[cst.CSTNode, edit.Edit] = dict.fromkeys(order, edit.remove)
     needed = {n.attr.value for n in edit.walk(made) if isinstance(n, cst.Attribute) and edit.code(n.value) == "self"}
     if needed - {PACKED} <= assigned_before(tree, init, creations[trio.names.index(_first(order, lines, trio))][0]):
         edits[order[0]] = lambda _: made
@@ -158,10 +165,13 @@ def _first(order: list[cst.SimpleStatementLine], lines: list[cst.SimpleStatement
 
 def _local(call: cst.Call, name: str) -> dict[cst.CSTNode, edit.Edit]:
     """Head counts of an attention layer as its rank has them."""
-    heads, _, kv = _counts(call)
+    _heads, _, _kv = _counts(call)
     args = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in call.args]
-    new = [cst.Arg(edit.parse(f"self.{name}.num_heads")), *args[1:3],
-           cst.Arg(edit.parse(f"self.{name}.num_kv_heads"), keyword=cst.Name("num_kv_heads"), equal=_EQUAL)]
+    new = [
+        cst.Arg(edit.parse(f"self.{name}.num_heads")),
+        *args[1:3],
+        cst.Arg(edit.parse(f"self.{name}.num_kv_heads"), keyword=cst.Name("num_kv_heads"), equal=_EQUAL),
+    ]
     new += [a for a in args[3:] if a.keyword is None or a.keyword.value != "num_kv_heads"]
     return {call: lambda updated: updated.with_changes(args=new)}
 
@@ -177,15 +187,17 @@ def _packed_forward(facts: Facts, trio: Trio) -> dict[cst.CSTNode, edit.Edit]:
         return {}
     known = [c for c in calls if c is not None]
     lines = [edit.enclosing(tree, c, cst.SimpleStatementLine) for c in known]
-    names = [_name_for(line, call, default) for line, call, default in
-             zip(lines, known, ("query", "key", "value"), strict=True)]
+    names = [
+        _name_for(line, call, default)
+        for line, call, default in zip(lines, known, ("query", "key", "value"), strict=True)
+    ]
     if len(set(names)) != 3:
         names = ["query", "key", "value"]
     source = edit.code(known[0].args[0].value)
     split = edit.statement(f"{', '.join(names)} = self.{PACKED}.split(self.{PACKED}({source}))")
     first = next(n for n in edit.lines(trio.function) if n in lines)
     edits: dict[cst.CSTNode, edit.Edit] = {}
-    for line, call, name in zip(lines, known, names, strict=True):
+    for call, name in zip(known, names, strict=True):
         edits[call] = edit.replace(name)
     for line in dict.fromkeys(lines):
         edits[line] = _place(split if line is first else None)
@@ -202,13 +214,15 @@ def _place(split: cst.SimpleStatementLine | None) -> edit.Edit:
         head = split.with_changes(leading_lines=updated.leading_lines)
         rest = [r.with_changes(leading_lines=[]) for r in rest]
         return cst.FlattenSentinel([head, *rest])
+
     return change
 
 
 def _call_of(facts: Facts, function: cst.FunctionDef, linear: Tensor) -> cst.Call | None:
     for node in edit.walk(function.body):
-        if isinstance(node, cst.Call) and any(layer_of(v) is layer_of(linear) and v.op == "linear"
-                                              and v.node is node for v in facts.values(node)):
+        if isinstance(node, cst.Call) and any(
+            layer_of(v) is layer_of(linear) and v.op == "linear" and v.node is node for v in facts.values(node)
+        ):
             return node
     return None
 
@@ -225,9 +239,14 @@ def _local_heads(facts: Facts, node: cst.Call, function: cst.FunctionDef) -> dic
     init = _init_of(facts, function)
     if init is None:
         return {}
-    names = {layer.path.rsplit(".", 1)[-1] for _, v in _attention(facts, node) for q in _inputs(v)
-             if (linear := _linear_behind(q)) is not None and (layer := layer_of(linear)) is not None
-             and layer.kind == "qkv_linear"}
+    names = {
+        layer.path.rsplit(".", 1)[-1]
+        for _, v in _attention(facts, node)
+        for q in _inputs(v)
+        if (linear := _linear_behind(q)) is not None
+        and (layer := layer_of(linear)) is not None
+        and layer.kind == "qkv_linear"
+    }
     if len(names) != 1:
         return {}
     name = names.pop()
@@ -236,5 +255,3 @@ def _local_heads(facts: Facts, node: cst.Call, function: cst.FunctionDef) -> dic
         if _counts(call)[0] != f"self.{name}.num_heads":
             edits.update(_local(call, name))
     return edits
-
-

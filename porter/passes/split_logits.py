@@ -28,21 +28,36 @@ class SplitLogits(Pass):
         assert forward is not None
         head = _head_call(facts, forward.node)
         if head is None:
-            raise Refusal("", line_of(tree, facts.entry.node), facts.entry.name, "its forward does not end in a head "
-                          "over the vocabulary", "port ForCausalLM classes only")
+            raise Refusal(
+                "",
+                line_of(tree, facts.entry.node),
+                facts.entry.name,
+                "its forward does not end in a head over the vocabulary",
+                "port ForCausalLM classes only",
+            )
         line = edit.enclosing(tree, head, cst.SimpleStatementLine)
         body = list(forward.node.body.body)
         if line not in body:
-            raise Refusal("", line_of(tree, head), edit.code(head), "the head is applied under a condition",
-                          "apply it unconditionally")
+            raise Refusal(
+                "",
+                line_of(tree, head),
+                edit.code(head),
+                "the head is applied under a condition",
+                "apply it unconditionally",
+            )
         place = body.index(line)
         source = head.args[0].value
         before = [*body[:place], edit.statement(f"return {edit.code(source)}")]
         after = [_with_hidden(s, head) for s in body[place:]]
         method = _compute_logits(after)
-        return edit.rewrite(tree, {
-            forward.node: lambda updated: cst.FlattenSentinel([
-                updated.with_changes(body=updated.body.with_changes(body=before), returns=None), method])})
+        return edit.rewrite(
+            tree,
+            {
+                forward.node: lambda updated: cst.FlattenSentinel(
+                    [updated.with_changes(body=updated.body.with_changes(body=before), returns=None), method]
+                )
+            },
+        )
 
 
 def _head_call(facts: Facts, forward: cst.FunctionDef) -> cst.Call | None:
@@ -65,7 +80,7 @@ class _Replace(cst.CSTTransformer):
         return updated_node
 
 
-def _with_hidden(statement: cst.BaseStatement, head: cst.Call) -> cst.BaseStatement:
+def _with_hidden(statement: cst.CSTNode, head: cst.Call) -> cst.BaseStatement:
     changed = statement.visit(_Replace(head))
     assert isinstance(changed, cst.BaseStatement)
     return changed
@@ -75,6 +90,7 @@ def _compute_logits(body: list[cst.BaseStatement]) -> cst.FunctionDef:
     node = cst.parse_statement(f"def compute_logits(self, {HIDDEN}: torch.Tensor) -> torch.Tensor:\n    pass\n")
     assert isinstance(node, cst.FunctionDef)
     if body and isinstance(body[0], cst.SimpleStatementLine):
-        body[0] = body[0].with_changes(leading_lines=[x for x in body[0].leading_lines if x.comment is not None
-                                                      and "loss" not in x.comment.value])
+        body[0] = body[0].with_changes(
+            leading_lines=[x for x in body[0].leading_lines if x.comment is not None and "loss" not in x.comment.value]
+        )
     return node.with_changes(body=node.body.with_changes(body=body), leading_lines=[cst.EmptyLine()])

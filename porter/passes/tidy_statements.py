@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import libcst as cst
 
 from porter.analyze.facts import Facts
-
 from porter.analyze.values import Layer
 from porter.passes import edit
 from porter.passes.base import Pass, Stage
@@ -57,7 +58,7 @@ def _returned(function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
     """`x = f(y)` followed by `return x`, and `outputs = f(y)` followed by `x = outputs`."""
     edits: dict[cst.CSTNode, edit.Edit] = {}
     lines = edit.lines(function)
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in itertools.pairwise(lines):
         first, second = line.body[0], following.body[0]
         if len(line.body) != 1 or len(following.body) != 1 or line in edits:
             continue
@@ -76,8 +77,8 @@ def _returned(function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
 
 def _merged(line: cst.SimpleStatementLine, second: cst.CSTNode, value: cst.BaseExpression) -> edit.Edit:
     return lambda updated: updated.with_changes(
-        leading_lines=line.leading_lines or updated.leading_lines,
-        body=[second.with_changes(value=value)])  # type: ignore[attr-defined]
+        leading_lines=line.leading_lines or updated.leading_lines, body=[second.with_changes(value=value)]
+    )
 
 
 def _siblings(function: cst.FunctionDef, first: cst.CSTNode, second: cst.CSTNode) -> bool:
@@ -85,5 +86,3 @@ def _siblings(function: cst.FunctionDef, first: cst.CSTNode, second: cst.CSTNode
         if isinstance(node, cst.IndentedBlock) and first in node.body:
             return second in node.body
     return False
-
-

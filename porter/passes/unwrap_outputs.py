@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import libcst as cst
 
 from porter.analyze.facts import CallRecord, Facts
@@ -27,7 +29,7 @@ class UnwrapOutputs(Pass):
         return facts.program.tree
 
 
-# -- `outputs = (a, b); return outputs` ----------------------------------------------------------------------------------
+# -- `outputs = (a, b); return outputs` ------------------------------------------------------------
 
 
 def _inline_tuples(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
@@ -35,15 +37,20 @@ def _inline_tuples(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
     edits: dict[cst.CSTNode, edit.Edit] = {}
     for function in facts.called:
         lines = edit.lines(function)
-        for line, following in zip(lines, lines[1:], strict=False):
+        for line, following in itertools.pairwise(lines):
             edits.update(_inline_one(function, line, following))
     return edits
 
 
-def _inline_one(function: cst.FunctionDef, line: cst.SimpleStatementLine,
-                following: cst.SimpleStatementLine) -> dict[cst.CSTNode, edit.Edit]:
+def _inline_one(
+    function: cst.FunctionDef, line: cst.SimpleStatementLine, following: cst.SimpleStatementLine
+) -> dict[cst.CSTNode, edit.Edit]:
     first, second = line.body[0], following.body[0]
-    if not isinstance(first, cst.Assign) or len(first.targets) != 1 or not isinstance(first.targets[0].target, cst.Name):
+    if (
+        not isinstance(first, cst.Assign)
+        or len(first.targets) != 1
+        or not isinstance(first.targets[0].target, cst.Name)
+    ):
         return {}
     name = first.targets[0].target.value
     if not isinstance(second, cst.Return) or second.value is None or not _tuple_like(first.value):
@@ -60,7 +67,7 @@ def _tuple_like(node: cst.BaseExpression) -> bool:
     return isinstance(node, cst.Tuple)
 
 
-# -- one item of a result ------------------------------------------------------------------------------------------------
+# -- one item of a result --------------------------------------------------------------------------
 
 
 def _unwrap(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
@@ -162,8 +169,11 @@ class _Uses:
 
     def _unpacked(self, node: cst.Assign | cst.AnnAssign, target: cst.Tuple) -> None:
         function = _function_of(self.facts.program.tree, node)
-        used = [i for i, e in enumerate(target.elements)
-                if not (isinstance(e.value, cst.Name) and _unread(function, e.value.value, node))]
+        used = [
+            i
+            for i, e in enumerate(target.elements)
+            if not (isinstance(e.value, cst.Name) and _unread(function, e.value.value, node))
+        ]
         if len(used) != 1 or self.items is None:
             self.items = None
             return

@@ -9,11 +9,20 @@ from porter.analyze.values import Scalar, Tensor
 from porter.passes import edit
 from porter.passes.base import Pass, Stage
 
-TYPES = {"kv_caches": "list[torch.Tensor]", "attn_metadata": "AttentionMetadata", "config": "PretrainedConfig",
-         "linear_method": "LinearMethod | None", "positions": "torch.Tensor", "kv_cache": "torch.Tensor",
-         "input_ids": "torch.Tensor"}
-IMPORTS = {"AttentionMetadata": "porter.runtime.metadata", "PretrainedConfig": "transformers",
-           "LinearMethod": "porter.runtime.layers.linear"}
+TYPES = {
+    "kv_caches": "list[torch.Tensor]",
+    "attn_metadata": "AttentionMetadata",
+    "config": "PretrainedConfig",
+    "linear_method": "LinearMethod | None",
+    "positions": "torch.Tensor",
+    "kv_cache": "torch.Tensor",
+    "input_ids": "torch.Tensor",
+}
+IMPORTS = {
+    "AttentionMetadata": "porter.runtime.metadata",
+    "PretrainedConfig": "transformers",
+    "LinearMethod": "porter.runtime.layers.linear",
+}
 PLAIN = frozenset({"int", "float", "bool", "str"})
 
 
@@ -39,15 +48,19 @@ class WriteSignatures(Pass):
 
 
 def _is_nested(facts: Facts, function: cst.FunctionDef) -> bool:
-    return not any(function in (m.node for m in c.methods.values()) for c in facts.program.classes.values()) and \
-        function not in (f.node for f in facts.program.functions.values())
+    return not any(
+        function in (m.node for m in c.methods.values()) for c in facts.program.classes.values()
+    ) and function not in (f.node for f in facts.program.functions.values())
 
 
 def _signature(facts: Facts, function: cst.FunctionDef, imports: dict[str, set[str]]) -> edit.Edit:
     records = facts.calls_of(function)
     returns = "torch.Tensor" if records and all(isinstance(r.result, Tensor) for r in records) else ""
-    types = {p.name.value: _type(function, p, [r.bound.get(p.name.value) for r in records], imports)
-             for p in edit.params_of(function) if p.name.value not in ("self", "cls", "ctx")}
+    types = {
+        p.name.value: _type(function, p, [r.bound.get(p.name.value) for r in records], imports)
+        for p in edit.params_of(function)
+        if p.name.value not in ("self", "cls", "ctx")
+    }
 
     def change(updated: cst.FunctionDef) -> cst.FunctionDef:
         params = [_typed(p, types.get(p.name.value, ""), updated.name.value) for p in updated.params.params]
@@ -55,8 +68,13 @@ def _signature(facts: Facts, function: cst.FunctionDef, imports: dict[str, set[s
             params[-1] = params[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
         annotation = cst.Annotation(edit.parse(returns)) if returns else None
         body = updated.body if isinstance(updated.body, cst.SimpleStatementSuite) else _without_docstring(updated.body)
-        return updated.with_changes(params=updated.params.with_changes(params=params), returns=annotation, body=body,
-                                    whitespace_before_params=cst.SimpleWhitespace(""))
+        return updated.with_changes(
+            params=updated.params.with_changes(params=params),
+            returns=annotation,
+            body=body,
+            whitespace_before_params=cst.SimpleWhitespace(""),
+        )
+
     return change
 
 
@@ -77,8 +95,11 @@ def _type(function: cst.FunctionDef, param: cst.Param, bound: list[object], impo
 
 def _typed(param: cst.Param, kind: str, function: str) -> cst.Param:
     comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-    changes: dict[str, object] = {"annotation": cst.Annotation(edit.parse(kind)) if kind else None, "comma": comma,
-                                  "whitespace_after_param": cst.SimpleWhitespace("")}
+    changes: dict[str, object] = {
+        "annotation": cst.Annotation(edit.parse(kind)) if kind else None,
+        "comma": comma,
+        "whitespace_after_param": cst.SimpleWhitespace(""),
+    }
     if function == "forward" and param.name.value != "self":
         changes |= {"default": None, "equal": cst.MaybeSentinel.DEFAULT}
     if param.default is not None and function != "forward":
@@ -90,8 +111,10 @@ def _without_docstring(body: cst.BaseSuite) -> cst.BaseSuite:
     statements = list(body.body)
     if len(statements) > 1 and _docstring(statements[0]) is not None:
         statements.pop(0)
-    comments = [x for x in statements[0].leading_lines if x.comment is not None]
-    statements[0] = statements[0].with_changes(leading_lines=comments)
+    first = statements[0]
+    if isinstance(first, cst.SimpleStatementLine | cst.BaseCompoundStatement):
+        comments = [x for x in first.leading_lines if x.comment is not None]
+        statements[0] = first.with_changes(leading_lines=comments)
     return body.with_changes(body=statements)
 
 
@@ -111,8 +134,9 @@ def _class_docstring(updated: cst.ClassDef) -> cst.ClassDef:
         return updated
     lead = " ".join(text.strip().split("\n\n")[0].split()).replace("[`", "`").replace("`]", "`")
     if "Args:" in lead or not lead:
-        return updated.with_changes(body=updated.body.with_changes(body=updated.body.body[1:] or [
-            cst.SimpleStatementLine([cst.Pass()])]))
+        return updated.with_changes(
+            body=updated.body.with_changes(body=updated.body.body[1:] or [cst.SimpleStatementLine([cst.Pass()])])
+        )
     kept = edit.statement(f'"""{lead}"""')
     return updated.with_changes(body=updated.body.with_changes(body=[kept, *updated.body.body[1:]]))
 
@@ -124,8 +148,10 @@ class _Config(cst.CSTTransformer):
         text = edit.code(updated_node)
         if "self.config" not in text or "self.config = " in text:
             return updated_node
-        body = [self._init(s) if isinstance(s, cst.FunctionDef) and s.name.value == "__init__" else s
-                for s in updated_node.body.body]
+        body = [
+            self._init(s) if isinstance(s, cst.FunctionDef) and s.name.value == "__init__" else s
+            for s in updated_node.body.body
+        ]
         return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
 
     def _init(self, node: cst.FunctionDef) -> cst.FunctionDef:
