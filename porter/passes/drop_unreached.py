@@ -7,11 +7,80 @@ import libcst as cst
 from porter.analyze.facts import Facts
 from porter.analyze.program import full_name
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 
 KEPT_DECORATORS = ("staticmethod", "classmethod", "property")
 KEPT_METHODS = ("__init__", "load_weights", "sample", "compute_logits")
 PLAIN_BASES = ("Module", "PreTrainedModel", "PretrainedModel", "GradientCheckpointingLayer", "GenerationMixin", "ABC")
+
+
+_BEFORE = """\
+import math
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class OakPreTrainedModel(PreTrainedModel):
+    def _init_weights(self, module):
+        module.weight.data.normal_(std=math.sqrt(0.5))
+
+
+class OakForCausalLM(OakPreTrainedModel):
+    _no_split_modules = ["OakBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids):
+        return self.embed(input_ids)
+
+
+class OakForTokenClassification(OakPreTrainedModel):
+    def forward(self, input_ids):
+        return input_ids
+"""
+_AFTER = """\
+
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        return self.embed(input_ids)
+"""
+_UNCHANGED = """\
+from torch import nn
+
+SCALE = 2.0
+
+
+def scaled(x):
+    return x * SCALE
+
+
+class OakEmbedding(nn.Embedding):
+    def forward(self, input_ids):
+        return scaled(super().forward(input_ids))
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = OakEmbedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        return self.embed(input_ids)
+"""
 
 
 class DropUnreached(Pass):
@@ -20,6 +89,8 @@ class DropUnreached(Pass):
     stage = Stage.STRIP
     first = True
     reason = "inference never reaches it"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "the base class does the work, and a helper and its constant are used"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         tree = facts.program.tree
