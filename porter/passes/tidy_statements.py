@@ -9,7 +9,78 @@ import libcst as cst
 from porter.analyze.facts import Facts
 from porter.analyze.values import Layer
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([nn.LayerNorm(config.hidden_size) for _ in range(config.num_layers)])
+        self.config = config
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        hidden_states = hidden_states
+        for i, layer in enumerate(self.layers[: self.config.num_layers]):
+            hidden_states = layer(hidden_states)
+        output = hidden_states + 1
+        return output
+"""
+_AFTER = _BEFORE.replace(
+    """\
+        hidden_states = hidden_states
+        for i, layer in enumerate(self.layers[: self.config.num_layers]):
+""",
+    """\
+        for layer in self.layers:
+""",
+).replace(
+    """\
+        output = hidden_states + 1
+        return output
+""",
+    """\
+        return hidden_states + 1
+""",
+)
+_UNCHANGED_1 = _BEFORE.replace(
+    "        self.config = config\n",
+    "",
+).replace(
+    """\
+        hidden_states = hidden_states
+        for i, layer in enumerate(self.layers[: self.config.num_layers]):
+            hidden_states = layer(hidden_states)
+        output = hidden_states + 1
+        return output
+""",
+    """\
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states) * i
+        return hidden_states
+""",
+)
+_UNCHANGED_2 = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([nn.LayerNorm(config.hidden_size) for _ in range(config.num_layers)])
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+"""
 
 
 class TidyStatements(Pass):
@@ -17,6 +88,11 @@ class TidyStatements(Pass):
 
     stage = Stage.STRIP
     reason = "the statement does nothing any more"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (
+        Unchanged(_UNCHANGED_1, "the number of the layer is read"),
+        Unchanged(_UNCHANGED_2, "the slice leaves a layer out"),
+    )
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
