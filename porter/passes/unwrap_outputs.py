@@ -9,7 +9,49 @@ import libcst as cst
 from porter.analyze.facts import CallRecord, Facts
 from porter.analyze.values import Sequence, Value
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.proj(hidden_states), hidden_states
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.mlp = OakMLP(config)
+
+    def forward(self, input_ids):
+        hidden_states, _ = self.mlp(self.embed(input_ids))
+        return hidden_states
+"""
+_AFTER = _BEFORE.replace(
+    "return self.proj(hidden_states), hidden_states",
+    "return self.proj(hidden_states)",
+).replace(
+    "hidden_states, _ = self.mlp(self.embed(input_ids))",
+    "hidden_states = self.mlp(self.embed(input_ids))",
+)
+_UNCHANGED = _BEFORE.replace(
+    """\
+        hidden_states, _ = self.mlp(self.embed(input_ids))
+        return hidden_states
+""",
+    """\
+        hidden_states, residual = self.mlp(self.embed(input_ids))
+        return hidden_states + residual
+""",
+)
 
 
 class UnwrapOutputs(Pass):
@@ -17,6 +59,8 @@ class UnwrapOutputs(Pass):
 
     stage = Stage.STRIP
     reason = "callers use only part of the result"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "the caller uses both items"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         inlined = _inline_tuples(facts)
