@@ -13,7 +13,7 @@ from porter.analyze.poly import Poly
 from porter.analyze.values import Instance, Layer, Mask, Scalar, Sequence, Tensor, Value, is_none
 from porter.errors import Refusal
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage
 
 PAGED = "porter.runtime.attention.paged"
 LINEAR = "porter.runtime.layers.linear"
@@ -41,6 +41,81 @@ class Group:
     found: list[Found] = field(default_factory=list)
 
 
+_BEFORE = """\
+import torch
+from torch import nn
+from transformers.masking_utils import create_causal_mask
+
+
+class OakAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, mask):
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        scores = query @ key.transpose(2, 3) * self.head_dim**-0.5 + mask
+        weights = torch.softmax(scores, dim=-1)
+        return (weights @ value).transpose(1, 2).reshape(hidden_states.shape)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.attention = OakAttention(config)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        mask = create_causal_mask(self.config, hidden_states, None, None)
+        return self.attention(hidden_states, mask)
+"""
+_AFTER = """\
+import torch
+from torch import nn
+from transformers.masking_utils import create_causal_mask
+from porter.runtime.attention.paged import PagedAttention
+
+
+class OakAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attn = PagedAttention(self.num_heads, self.head_dim, self.head_dim**-0.5)
+
+    def forward(self, hidden_states, mask):
+        query = self.q_proj(hidden_states)
+        key = self.k_proj(hidden_states)
+        value = self.v_proj(hidden_states)
+        return self.attn(query, key, value, kv_cache, attn_metadata)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.attention = OakAttention(config)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        mask = create_causal_mask(self.config, hidden_states, None, None)
+        return self.attention(hidden_states, mask)
+"""
+
+
 class Attend(Pass):
     """Scores, masks, softmax, rotation and cache become one layer that reads and writes pages.
 
@@ -49,6 +124,7 @@ class Attend(Pass):
 
     stage = Stage.ATTEND
     reason = "paged attention computes the same from the paged cache"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         groups = _groups(facts)
