@@ -11,7 +11,7 @@ from porter.analyze.flows import layer_of, mixes_features
 from porter.analyze.values import Scalar, Tensor, Value
 from porter.passes import edit
 from porter.passes.attend import LINEAR, _creation_parts, _creations, assigned_before
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 
 PACKED = "qkv_proj"
 
@@ -26,12 +26,59 @@ class Trio:
     names: list[str]
 
 
+_BEFORE = """\
+from torch import nn
+from porter.runtime.attention.paged import PagedAttention
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.attn = PagedAttention(config.num_heads, config.head_dim, 0.125)
+
+    def forward(self, input_ids, positions, kv_caches, attn_metadata):
+        hidden_states = self.embed(input_ids)
+        query = self.q_proj(hidden_states)
+        key = self.k_proj(hidden_states)
+        value = self.v_proj(hidden_states)
+        return self.attn(query, key, value, kv_caches[0], attn_metadata)
+"""
+_AFTER = """\
+from torch import nn
+from porter.runtime.attention.paged import PagedAttention
+from porter.runtime.layers.linear import QKVParallelLinear
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, config.head_dim, config.num_heads, bias=True)
+        self.attn = PagedAttention(self.qkv_proj.num_heads, config.head_dim, 0.125, num_kv_heads=self.qkv_proj.num_kv_heads)
+
+    def forward(self, input_ids, positions, kv_caches, attn_metadata):
+        hidden_states = self.embed(input_ids)
+        query, key, value = self.qkv_proj.split(self.qkv_proj(hidden_states))
+        return self.attn(query, key, value, kv_caches[0], attn_metadata)
+"""
+_UNCHANGED = _BEFORE.replace(
+    "key = self.k_proj(hidden_states)",
+    "key = self.k_proj(hidden_states.tanh())",
+)
+
+
 class PackProjections(Pass):
     """One matrix product instead of three, split by heads over the ranks; weights load shard by shard."""
 
     stage = Stage.PACK
     flat = True
     reason = "queries, keys and values are projected together and sharded by heads"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "keys are projected from another input than queries and values"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         tree = facts.program.tree
