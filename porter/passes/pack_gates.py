@@ -9,11 +9,55 @@ from porter.analyze.flows import Flows, layer_of
 from porter.analyze.values import Layer, Scalar, Tensor, Value
 from porter.passes import edit
 from porter.passes.attend import LINEAR, _creation_parts, _creations
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 from porter.passes.pack_projections import _init_of
 
 PACKED = "gate_up_proj"
 ACTIVATION = "porter.runtime.layers.activation"
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=False)
+        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+"""
+_AFTER = """\
+from torch import nn
+from porter.runtime.layers.activation import get_act_and_mul
+from porter.runtime.layers.linear import MergedColumnParallelLinear
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, [config.inner_size] * 2, bias=False)
+        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+        self.act_fn = get_act_and_mul('silu')
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+"""
+_UNCHANGED = _BEFORE.replace(
+    "        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)\n",
+    "",
+).replace(
+    "return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))",
+    "return self.act_fn(self.gate_proj(hidden_states)) * (self.up_proj(hidden_states) + 1)",
+)
 
 
 class PackGates(Pass):
@@ -22,6 +66,8 @@ class PackGates(Pass):
     stage = Stage.PACK
     flat = True
     reason = "gate and up are projected together; activation and product are one operation"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "something is added between the projection and the product"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         for function in facts.called:
