@@ -8,9 +8,39 @@ from porter.analyze.facts import Facts, line_of
 from porter.analyze.values import Layer
 from porter.errors import Refusal
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage
 
 HIDDEN = "hidden_states"
+
+
+_BEFORE = """\
+import torch
+from torch import nn
+from porter.runtime.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, bias=False)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        logits = self.lm_head(hidden_states)
+        return logits * 0.5
+"""
+_AFTER = _BEFORE.replace(
+    """\
+        hidden_states = self.embed(input_ids)
+""",
+    (
+    "        hidden_states = self.embed(input_ids)\n"
+    "        return hidden_states\n"
+    "    \n"
+    "    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:\n"
+),
+)
 
 
 class SplitLogits(Pass):
@@ -19,6 +49,7 @@ class SplitLogits(Pass):
     stage = Stage.FUSE
     flat = True
     reason = "logits are computed for the sampled rows only"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         tree = facts.program.tree
