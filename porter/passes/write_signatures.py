@@ -7,7 +7,7 @@ import libcst as cst
 from porter.analyze.facts import Facts
 from porter.analyze.values import Scalar, Tensor
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage
 
 TYPES = {
     "kv_caches": "list[torch.Tensor]",
@@ -26,12 +26,57 @@ IMPORTS = {
 PLAIN = frozenset({"int", "float", "bool", "str"})
 
 
+_BEFORE = '''\
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class OakForCausalLM(nn.Module):
+    """Oak with a head.
+
+    Args:
+        config: the config.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, input_ids, positions):
+        """Embeds."""
+        return self.act(self.embed(input_ids)) * self.config.scale
+'''
+_AFTER = '''\
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from porter.runtime.layers.activation import get_act_fn
+from transformers import PretrainedConfig
+
+
+class OakForCausalLM(nn.Module):
+    """Oak with a head."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.act = get_act_fn(config.hidden_act)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.act(self.embed(input_ids)) * self.config.scale
+'''
+
+
 class WriteSignatures(Pass):
     """A port's types are tensors, the config and the runtime's own; docstrings say what still holds."""
 
     stage = Stage.FUSE
     flat = True
     reason = "signatures and docstrings say what the port takes"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
