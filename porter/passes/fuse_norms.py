@@ -13,7 +13,7 @@ from porter.analyze.facts import CallRecord, Facts
 from porter.analyze.poly import Poly
 from porter.analyze.values import Instance, Scalar, Tensor, Value
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
 
 NORM = "porter.runtime.layers.norm"
 WIDTH, EPS = 8, 0.125
@@ -28,12 +28,70 @@ class Norm:
     unit_offset: bool
 
 
+_BEFORE = """\
+import torch
+from torch import nn
+
+
+class OakNorm(nn.Module):
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = OakNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, input_ids):
+        return self.norm(self.embed(input_ids))
+"""
+_AFTER = _BEFORE.replace(
+    """\
+from torch import nn
+""",
+    """\
+from torch import nn
+from porter.runtime.layers.norm import RMSNorm
+""",
+).replace(
+    "self.norm = OakNorm(config.hidden_size, eps=config.norm_eps)",
+    "self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)",
+)
+_UNCHANGED_1 = _BEFORE.replace(
+    "return self.weight * y.to(x.dtype)",
+    "return (self.weight * y).to(x.dtype)",
+)
+_UNCHANGED_2 = _BEFORE.replace(
+    """\
+        y = x.float()
+""",
+    """\
+        y = x.float()
+        y = y - y.mean(-1, keepdim=True)
+""",
+)
+
+
 class FuseNorms(Pass):
     """Checked on numbers, so that a norm with another weight or rounding stays as the file has it."""
 
     stage = Stage.FUSE
     flat = True
     reason = "the class computes exactly RMSNorm"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (
+        Unchanged(_UNCHANGED_1, "the weight is applied before rounding, not after"),
+        Unchanged(_UNCHANGED_2, "the mean is taken off first: this is a layer norm without bias"),
+    )
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
