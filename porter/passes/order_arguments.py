@@ -7,7 +7,40 @@ import libcst as cst
 from porter.analyze.facts import Facts
 from porter.analyze.values import Instance
 from porter.passes import edit
-from porter.passes.base import Pass, Stage
+from porter.passes.base import Example, Pass, Stage, Unchanged
+
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, residual):
+        return self.proj(hidden_states) + residual
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.mlp = OakMLP(config)
+
+    def forward(self, input_ids):
+        hidden_states = self.embed(input_ids)
+        return self.mlp(hidden_states, residual=hidden_states)
+"""
+_AFTER = _BEFORE.replace(
+    "return self.mlp(hidden_states, residual=hidden_states)",
+    "return self.mlp(hidden_states, hidden_states)",
+)
+_UNCHANGED = _BEFORE.replace(
+    "return self.mlp(hidden_states, residual=hidden_states)",
+    "return self.mlp(residual=hidden_states, hidden_states=hidden_states)",
+)
 
 
 class OrderArguments(Pass):
@@ -16,6 +49,8 @@ class OrderArguments(Pass):
     stage = Stage.FUSE
     flat = True
     reason = "tensors are passed by position"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    UNCHANGED = (Unchanged(_UNCHANGED, "the arguments come in another order than the parameters"),)
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
