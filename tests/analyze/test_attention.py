@@ -1,4 +1,4 @@
-"""Attention is read by what it computes: rotation, mask, ALiBi, layout and scale, and refused where a reading would lie."""
+"""Attention is read by what it computes: rotation, mask, ALiBi, layout, scale; refused where a reading would lie."""
 
 import libcst as cst
 import pytest
@@ -94,8 +94,9 @@ TURN = """
         query, key = turned(query, cos, sin), turned(key, cos, sin)
 """
 TURN_PART = """
-        query = torch.cat((turned(query[..., :self.config.rotary_dim], cos, sin), query[..., self.config.rotary_dim:]), dim=-1)
-        key = torch.cat((turned(key[..., :self.config.rotary_dim], cos, sin), key[..., self.config.rotary_dim:]), dim=-1)
+        part = self.config.rotary_dim
+        query = torch.cat((turned(query[..., :part], cos, sin), query[..., part:]), dim=-1)
+        key = torch.cat((turned(key[..., :part], cos, sin), key[..., part:]), dim=-1)
 """
 WHOLE = ANGLES.format(dim="self.head_dim") + TURN
 PART = ANGLES.format(dim="self.config.rotary_dim") + TURN_PART
@@ -186,7 +187,7 @@ def test_tiled_keys_are_refused() -> None:
         key = key.repeat(1, self.num_key_value_groups, 1, 1)
         value = value.repeat(1, self.num_key_value_groups, 1, 1)
 """
-    with pytest.raises(NotUnderstood, match="order that is not (grouped|contiguous)"):
+    with pytest.raises(NotUnderstood, match=r"order that is not (grouped|contiguous)"):
         cores(file(kv="config.num_kv_heads", between=tile))
 
 
@@ -378,7 +379,8 @@ LAYOUTS = {
 """,
     "grouped": """
         fused = self.qkv(hidden_states).view(batch, length, self.num_heads, 3, self.head_dim)
-        query, key, value = fused[..., 0, :].transpose(1, 2), fused[..., 1, :].transpose(1, 2), fused[..., 2, :].transpose(1, 2)
+        query, key = fused[..., 0, :].transpose(1, 2), fused[..., 1, :].transpose(1, 2)
+        value = fused[..., 2, :].transpose(1, 2)
 """,
 }
 
