@@ -9,7 +9,6 @@ from porter.analyze.values import Instance
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 
-
 _BEFORE = """\
 from torch import nn
 

@@ -35,10 +35,10 @@ class OakForCausalLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim)
-        self.attn = PagedAttention(config.num_heads, config.head_dim, 0.125)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.dim)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_heads * config.dim)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_heads * config.dim)
+        self.attn = PagedAttention(config.num_heads, config.dim, 0.125)
 
     def forward(self, input_ids, positions, kv_caches, attn_metadata):
         hidden_states = self.embed(input_ids)
@@ -57,8 +57,8 @@ class OakForCausalLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, config.head_dim, config.num_heads, bias=True)
-        self.attn = PagedAttention(self.qkv_proj.num_heads, config.head_dim, 0.125, num_kv_heads=self.qkv_proj.num_kv_heads)
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, config.dim, config.num_heads, bias=True)
+        self.attn = PagedAttention(self.qkv_proj.num_heads, config.dim, 0.125, num_kv_heads=self.qkv_proj.num_kv_heads)
 
     def forward(self, input_ids, positions, kv_caches, attn_metadata):
         hidden_states = self.embed(input_ids)

@@ -11,7 +11,6 @@ from porter.analyze.values import Sequence, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 
-
 _BEFORE = """\
 from torch import nn
 
