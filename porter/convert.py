@@ -15,6 +15,7 @@ import libcst as cst
 from porter import __version__
 from porter.analyze import library
 from porter.analyze.facts import Facts
+from porter.analyze.inline import inline_imports
 from porter.analyze.interp import explore
 from porter.analyze.program import Program
 from porter.analyze.weights import derive
@@ -108,14 +109,15 @@ class _Work:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.tree = _parse(source.text, source.name)
+        self.tree = _parse(inline_imports(_parse(source.text, source.name), source.path).code, source.name)
+        self.own = frozenset(Program.read(_parse(source.text, source.name)).classes)
         self.config = _parse(source.config_text, "its configuration") if source.config_text else None
         self.original = Program.read(self.tree, self.config)
         self.code = self.tree.code
         self.passes = discover()
         self.notes: dict[str, Any] = {}
         self.edits: list[Edit] = []
-        self.lines = list(range(1, self.tree.code.count("\n") + 2))  # source line of each line now
+        self.lines = _source_lines(source.text, self.tree.code)  # source line of each line now
         self.flat = False
         self.checked = False
         self.turns = False
@@ -132,7 +134,7 @@ class _Work:
         if self._facts is None:
             program = Program.read(self.tree, self.config)
             wanted = program.classes.get(self.source.architecture or "")
-            entry = wanted if wanted is not None and program.method(wanted, "forward") else None
+            entry = wanted if wanted is not None and program.method(wanted, "forward") else program.entry(self.own)
             self._facts = explore(program, entry, self.flat, number_paths=not self.checked)
             self._facts.notes = self.notes
         return self._facts
@@ -188,6 +190,18 @@ class _Work:
         line = self.lines[min(refusal.line, len(self.lines)) - 1] if refusal.line else 1
         remedy = refusal.remedy
         return Refusal(self.source.name, line, refusal.what, refusal.why, remedy)
+
+
+def _source_lines(before: str, after: str) -> list[int]:
+    """The source line of each line of the file with its borrowed definitions in; those have the line they come before."""
+    if before == after:
+        return list(range(1, after.count("\n") + 2))
+    lines: list[int] = []
+    for kind, a, b, c, d in difflib.SequenceMatcher(
+        None, before.splitlines(), after.splitlines(), autojunk=False
+    ).get_opcodes():
+        lines += list(range(a + 1, b + 1)) if kind == "equal" else [a + 1] * (d - c)
+    return lines
 
 
 def _parse(text: str, name: str) -> cst.Module:

@@ -82,6 +82,18 @@ def target_settings(target: str) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
+INIT = """
+def __init__(self, config: PretrainedConfig, linear_method: LinearMethod | None = None):
+    super().__init__(config, linear_method=linear_method)
+    self.config = config
+    self.sampler = Sampler()
+"""
+
+
+def _is_pass(statement: cst.CSTNode) -> bool:
+    return isinstance(statement, cst.SimpleStatementLine) and isinstance(statement.body[0], cst.Pass)
+
+
 # -- the entry class -------------------------------------------------------------------------------
 
 
@@ -93,7 +105,9 @@ class _Entry(cst.CSTTransformer):
     def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
         if updated_node.name.value != self.name:
             return updated_node
-        body = [self._statement(s) for s in updated_node.body.body]
+        body = [self._statement(s) for s in updated_node.body.body if not _is_pass(s)]
+        if not any(isinstance(s, cst.FunctionDef) and s.name.value == "__init__" for s in body):
+            body += edit.block(INIT)
         place = 1 if body and '"""' in edit.code(body[0])[:4] else 0
         body.insert(place, edit.statement(f"weight_rules = {self.rules.source()}"))
         return updated_node.with_changes(body=updated_node.body.with_changes(body=[*body, *self.methods]))

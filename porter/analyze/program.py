@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -94,12 +94,15 @@ class Program:
                 return cls.methods[name]
         return None
 
-    def entry(self) -> ClassInfo | None:
-        """The causal-LM class of the file: `*ForCausalLM`, else `*LMHeadModel`, else a head by another causal name."""
-        for ending in ("ForCausalLM", "LMHeadModel", "DecoderLMHead"):
-            found = [c for n, c in self.classes.items() if n.endswith(ending) and self.method(c, "forward")]
-            if found:
-                return found[0]
+    def entry(self, own: Collection[str] = ()) -> ClassInfo | None:
+        """The causal-LM class of the file: `*ForCausalLM`, else `*LMHeadModel`; one of `own` before borrowed ones,
+        and a class before its bases."""
+        inherited = {b for c in self.classes.values() for b in c.bases}
+        for names in ([n for n in self.classes if n in own], list(self.classes)):
+            for ending in ("ForCausalLM", "LMHeadModel", "DecoderLMHead"):
+                found = [n for n in names if n.endswith(ending) and self.method(self.classes[n], "forward")]
+                if found:
+                    return self.classes[next((n for n in found if n not in inherited), found[0])]
         return None
 
 

@@ -35,11 +35,11 @@ _AFTER = _BEFORE.replace(
         hidden_states = self.embed(input_ids)
 """,
     (
-    "        hidden_states = self.embed(input_ids)\n"
-    "        return hidden_states\n"
-    "    \n"
-    "    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:\n"
-),
+        "        hidden_states = self.embed(input_ids)\n"
+        "        return hidden_states\n"
+        "    \n"
+        "    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:\n"
+    ),
 )
 
 

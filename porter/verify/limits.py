@@ -4,13 +4,11 @@ from porter.verify.request import Request
 from porter.verify.result import Case
 
 
-def untested(request: Request, cases: tuple[Case, ...]) -> tuple[str, ...]:
-    """One line for each thing that was not tested."""
-    return tuple(
-        dict.fromkeys(
-            [*_always(request), *_weights(request), *_skipped(cases), *_windows(cases), *_not_compared(cases)]
-        )
-    )
+def untested(request: Request, cases: tuple[Case, ...], unread: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """One line for each thing that was not tested; `unread` are config fields that the port ignores."""
+    ignored = [f"values of {name} but the config class's own: the port doesn't read it" for name in unread]
+    found = [*_always(request), *_weights(request), *ignored, *_skipped(cases), *_windows(cases)]
+    return tuple(dict.fromkeys([*found, *_not_compared(cases)]))
 
 
 def _always(request: Request) -> list[str]:

@@ -28,10 +28,11 @@ def random_prompts(config: Any, seed: int = 0) -> list[list[int]]:
 
 
 def text_prompts(folder: Path, config: Any, trust_remote_code: bool) -> list[list[int]]:
-    """A few texts in the checkpoint's tokens; random tokens if it has no tokenizer."""
+    """A few texts in the checkpoint's tokens; random tokens if it has no tokenizer that fits its vocabulary."""
     try:
         tokenizer = load_tokenizer(folder, trust_remote_code)
     except EngineError:
         return random_prompts(config)
     encoded = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
-    return [ids for ids in encoded if len(ids) > 1]
+    usable = all(len(ids) > 1 and max(ids) < config.get_text_config().vocab_size for ids in encoded)
+    return encoded if usable else random_prompts(config)  # transformers makes empty tokenizers where files are missing

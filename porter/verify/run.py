@@ -27,7 +27,7 @@ from porter.verify.result import Case, Check, Verification
 from porter.verify.select import Selected, select_port
 from porter.verify.subject import Subject
 from porter.verify.tiny import model_type_of, shrink, tiny_config, write_checkpoint
-from porter.verify.variants import Variant, variants
+from porter.verify.variants import Variant, unread_fields, variants
 
 Told = Callable[[str], None]
 
@@ -79,17 +79,17 @@ def _real_case(plan: _Plan) -> Case:
 def _random_cases(plan: _Plan) -> Iterator[Case]:
     """The default config, whose original has to run, and its variants; only the first starts processes."""
     config = tiny_config(model_type_of(plan.port.architecture))
+    unread = unread_fields(config, plan.port)
     default, *others = variants(config, plan.port.path)
-    yield _random_case(plan, config, default, processes=True)
+    yield _random_case(plan, shrink(config, **default.overrides, **unread), default, processes=True)
     for variant in others:
         try:
-            yield _random_case(plan, config, variant, processes=False)
+            yield _random_case(plan, shrink(config, **{**unread, **variant.overrides}), variant, processes=False)
         except OriginalError as error:
             yield Case(variant.name, variant.overrides, (), skipped=error.message)
 
 
-def _random_case(plan: _Plan, base: Any, variant: Variant, processes: bool) -> Case:
-    config = shrink(base, **variant.overrides)
+def _random_case(plan: _Plan, config: Any, variant: Variant, processes: bool) -> Case:
     with tempfile.TemporaryDirectory(prefix="porter-tiny-") as name:
         write_checkpoint(config, Path(name))
         subject = _subject(plan, Path(name), load_config(Path(name)), random_prompts(config))
@@ -144,6 +144,12 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name, "FAIL", detail=f"the port raised {type(error).__name__}: {first}")
 
 
+def _unread(plan: _Plan) -> tuple[str, ...]:
+    if not plan.request.random:
+        return ()
+    return tuple(unread_fields(tiny_config(model_type_of(plan.port.architecture)), plan.port))
+
+
 def _result(plan: _Plan, selected: Selected, cases: tuple[Case, ...], seconds: float) -> Verification:
     request = plan.request
     return Verification(
@@ -154,7 +160,7 @@ def _result(plan: _Plan, selected: Selected, cases: tuple[Case, ...], seconds: f
         checkpoint="tiny random" if request.random else str(request.model),
         dtype=request.dtype,
         cases=cases,
-        limits=untested(request, cases),
+        limits=untested(request, cases, _unread(plan)),
         versions={"porter": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         seconds=round(seconds, 1),
     )

@@ -1,11 +1,13 @@
 """Other values for the fields of a config that change a model's structure: what a port must also get right."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from porter.manifest import Port
 from porter.verify.fields import fields_read
 from porter.verify.tiny import HEADS, HIDDEN, WINDOW, shrink
 
@@ -51,6 +53,22 @@ def variants(config: PreTrainedConfig, port_file: Path) -> list[Variant]:
     """
     read = fields_read(port_file)
     return [Variant("default"), *_values(config, read), *_flags(config, read), *_ropes(config, read)]
+
+
+def unread_fields(config: PreTrainedConfig, port: Port) -> dict[str, None]:
+    """Fields that the config class works out by itself when they are None and that a port of another release ignores.
+
+    An old file may have 4 * hidden_size where today's original reads a field. The two are the same model only where
+    that field has the value that the class gives it, so it is left to the class. A port of the installed release gets
+    no such help.
+    """
+    source = port.manifest.get("source") or {}
+    if source.get("transformers") == version("transformers"):
+        return {}
+    read = fields_read(port.path)
+    defaults = {field.name for field in fields(config) if field.default is None} if is_dataclass(config) else set()
+    derived = [name for name in sorted(defaults - read) if isinstance(getattr(config, name, None), int)]
+    return dict.fromkeys(derived)
 
 
 def _values(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
