@@ -193,7 +193,7 @@ class _Work:
 
 
 def _source_lines(before: str, after: str) -> list[int]:
-    """The source line of each line of the file with its borrowed definitions in; those have the line they come before."""
+    """The source line of each line of the file with borrowed definitions in; those have the line after them."""
     if before == after:
         return list(range(1, after.count("\n") + 2))
     lines: list[int] = []
