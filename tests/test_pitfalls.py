@@ -485,3 +485,46 @@ def test_the_head_is_tied_by_the_checkpoint_and_config_not_by_the_port() -> None
     rules = convert(source).manifest["spec"]["weight_rules"]
     assert rules["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "tie_weights" not in port()
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+def caches(source: str) -> list[str]:
+    """The cache that each call of an attention layer gets, as written; empty if the file is refused."""
+    try:
+        code = convert(Source("modeling_pine.py", source, Path("modeling_pine.py"))).code
+    except Refusal:
+        return []
+    return [line.strip() for line in code.splitlines() if "kv_caches[" in line or "(kv_cache, " in line]
+
+
+def test_two_attentions_of_one_block_do_not_share_a_cache() -> None:
+    source = file().replace(
+        "        self.mlp = PineMLP(config)\n",
+        "        self.mlp = PineMLP(config)\n        self.second = PineAttention(config, layer_idx)\n",
+    )
+    source = source.replace(
+        "        return hidden_states + self.mlp(hidden_states)",
+        "        hidden_states = hidden_states + self.second(hidden_states, attention_mask)\n"
+        "        return hidden_states + self.mlp(hidden_states)",
+    )
+    assert "self.second(" in source
+    assert caches(source) == []
+
+
+def test_a_layer_that_runs_twice_does_not_share_its_cache() -> None:
+    once = "            hidden_states = layer(hidden_states, mask)\n"
+    assert caches(file().replace(once, once * 2)) == []
+
+
+def test_two_stacks_of_layers_do_not_share_caches() -> None:
+    stack = "[PineBlock(config, i) for i in range(config.num_hidden_layers)])\n"
+    source = file().replace(stack, f"{stack}        self.more = nn.ModuleList({stack}")
+    source = source.replace(
+        "        return hidden_states\n\n\nclass PineForCausalLM",
+        "        for layer in self.more:\n            hidden_states = layer(hidden_states, mask)\n"
+        "        return hidden_states\n\n\nclass PineForCausalLM",
+    )
+    assert "in self.more" in source
+    assert caches(source) == []

@@ -420,3 +420,52 @@ def test_heads_in_another_order_are_refused() -> None:
     )
     with pytest.raises(NotUnderstood, match="not contiguous"):
         cores(file(project=project))
+
+
+def scored(*lines: str) -> str:
+    """A file whose scores come from these lines; `product` is the scaled product of queries and keys."""
+    product = "product = torch.matmul(query, key.transpose(2, 3)) * self.head_dim**-0.5"
+    return file(scores="\n".join(f"        {line}" for line in (product, *lines)))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["scores = product.clamp(-5.0, 5.0) + mask"],
+        ["scores = torch.maximum(product, torch.zeros_like(product)) + mask"],
+        ["future = torch.ones(length, length).triu(1).bool()[None, None]", "scores = product.masked_fill(future, 0.0)"],
+        [
+            "future = torch.ones(length, length).triu(1).bool()[None, None]",
+            "scores = torch.where(future, product, -1e9)",
+        ],
+        ["scores = product**2 + mask"],
+        ["scores = product.abs() + mask"],
+    ],
+    ids=["clamped", "cut at zero", "filled with zero", "filled the wrong way", "squared", "absolute"],
+)
+def test_scores_that_are_changed_in_another_way_are_refused(lines: list[str]) -> None:
+    with pytest.raises(NotUnderstood):
+        cores(scored(*lines))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("torch.softmax(scores, dim=-1)", "torch.softmax(scores, dim=1)"),
+        ("torch.softmax(scores, dim=-1)", "torch.softmax(scores, dim=-2)"),
+        ("torch.softmax(scores, dim=-1)", "torch.softmax(scores, dim=-1).masked_fill(scores > 0, 0.0)"),
+        ("torch.matmul(query, key.transpose(2, 3))", "torch.matmul(key, query.transpose(2, 3))"),
+        ("torch.matmul(weights, value)", "torch.matmul(weights.transpose(2, 3), value)"),
+        ("torch.matmul(weights, value)", "torch.matmul(weights, value) * 2"),
+    ],
+    ids=["softmax over heads", "softmax over queries", "weights left out", "swapped", "turned round", "doubled"],
+)
+def test_another_weighted_sum_is_not_taken_for_attention(old: str, new: str) -> None:
+    """Refused, not found, or found with the change left outside of it."""
+    source = file()
+    assert old in source
+    try:
+        found = cores(source.replace(old, new))
+    except NotUnderstood:
+        return
+    assert [core for core in found if "* 2" not in new] == []
