@@ -1,4 +1,4 @@
-"""The original: the model that transformers builds, in eager attention, run without a cache."""
+"""The original: the model that transformers builds, in plain attention, run without a cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from porter.errors import OriginalError
 from porter.verify.trace import Trace, join, recording
+
+# Eager attention is the plainest there is, so it is the truth, but for models that get it wrong.
+# falcon: transformers 5.19 adds ALiBi in the mask and once more to the scores; its other paths add it once.
+_ATTENTION = {"falcon": "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,10 @@ def load_reference(folder: Path, dtype: torch.dtype, trust_remote_code: bool) ->
     """The original model of a checkpoint folder; OriginalError if transformers can't load it."""
     quiet_transformers()
     with asked_of_original(f"load {folder}", "check the files; a model with its own code needs --trust-remote-code"):
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        attention = _ATTENTION.get(config.model_type, "eager")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+            str(folder), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     return model.eval()
 
