@@ -1,6 +1,7 @@
 """What each command calls and prints. Heavy modules are imported only where they are used."""
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from porter import console, registry
 from porter.errors import CheckFailed, UsageError, explained_config
-from porter.manifest import MANIFEST, Port, read_port, write_port
+from porter.manifest import MANIFEST, Port, dumps, read_port, write_port
 
 if TYPE_CHECKING:
     from porter.passes.base import Pass
@@ -86,8 +87,9 @@ def _check_drift(folder: Path, conversion: Any) -> None:
 
 def _stale_entries(port: Port, manifest: dict[str, Any]) -> list[str]:
     """The manifest's entries that converting again would change; the record of a verification is no such entry."""
-    names = sorted({*port.manifest, *manifest} - {"verified"})
-    return [name for name in names if port.manifest.get(name) != manifest.get(name)]
+    regenerated = json.loads(dumps(manifest))  # as it would be read back
+    names = sorted({*port.manifest, *regenerated} - {"verified"})
+    return [name for name in names if port.manifest.get(name) != regenerated.get(name)]
 
 
 def _print_converted(port: Port, json: bool) -> None:
@@ -96,9 +98,8 @@ def _print_converted(port: Port, json: bool) -> None:
         return
     console.result(str(port.path))
     edits = port.manifest.get("edits") or []
-    console.say(
-        f"{port.architecture}: {len(edits)} edits, see port.json or --diff. Next: porter verify {port.folder} --random"
-    )
+    console.say(f"{port.architecture}: {len(edits)} edits, each with its reason in port.json and in --diff")
+    console.say(f"next: porter verify {port.folder} --random, or --model CHECKPOINT")
 
 
 def verify(request: "Request", json: bool) -> int:

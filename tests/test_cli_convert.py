@@ -177,3 +177,11 @@ def test_a_failed_write_leaves_no_trace(
 def test_the_folder_may_not_be_a_file(convert: Convert, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     assert convert("-o", "out").exit_code == 2
+
+
+def test_a_manifest_that_json_spells_otherwise_is_no_drift(converter: ModuleType, convert: Convert) -> None:
+    fake = vars(converter)["convert"](FakeSource(SOURCE))
+    fake.manifest["spec"] = {"skip": ("a", "b")}
+    vars(converter)["convert"] = lambda source, target="native": fake
+    assert convert("-o", "out").exit_code == 0
+    assert convert("-o", "out", "--check").exit_code == 0
