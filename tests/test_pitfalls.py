@@ -249,12 +249,23 @@ def test_a_running_sum_over_the_sequence_is_refused() -> None:
         "hidden_states = hidden_states[:, -1:] + hidden_states",
         "hidden_states = hidden_states.transpose(0, 1).softmax(0).transpose(0, 1)",
         "hidden_states = hidden_states / hidden_states.max()",
+        "hidden_states = hidden_states - hidden_states.mean()",
+        "hidden_states = hidden_states / torch.sum(hidden_states)",
+        "hidden_states = hidden_states.cumprod(1)",
+        "hidden_states = torch.tril(hidden_states)",
+        "hidden_states = F.layer_norm(hidden_states, hidden_states.shape[1:])",
+        "hidden_states = hidden_states + self.embed_tokens(torch.roll(input_ids, 1, 1))",
     ],
-    ids=["mean", "roll", "cat", "flip", "length", "norm of all", "last token", "softmax", "max of all"],
 )
 def test_an_operation_that_mixes_tokens_is_refused(line: str) -> None:
     with pytest.raises(Refusal):
         port(positions=line)
+
+
+def test_positions_that_are_cut_off_are_not_taken_for_plain_ones() -> None:
+    """Up to the cut they look alike."""
+    cut = "hidden_states = hidden_states + self.embed_positions(position_ids.clamp(max=7))"
+    assert "clamp(max=7)" in port(positions=cut)
 
 
 # -- norms, embeddings, logits -----------------------------------------------------------------------------------------
