@@ -11,7 +11,9 @@ say python scripts/make_smollm2.py .demo/smollm2
 say porter convert llama -o .demo/llama
 say porter verify .demo/llama --model .demo/smollm2
 say porter register .demo/llama
-say porter complete .demo/smollm2 "The capital of France is" --max-tokens 24
+say porter complete .demo/smollm2 "The capital of France is" --max-tokens 8
+printf '\n$ echo "What is the capital of France?" | porter chat .demo/smollm2\n'
+echo "What is the capital of France?" | porter chat .demo/smollm2
 
 cat <<END
 
