@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from porter.analyze import scalars
 from porter.analyze.evaluate import BATCH_SIZE, NEGATIVE, SEQ_LENGTH, Evaluator, Point, Unevaluable
 from porter.analyze.facts import World
 from porter.analyze.poly import Poly
@@ -269,12 +270,14 @@ def _from_product(product: Tensor) -> Core:
         beta = extra.get("beta", const(1))
         if isinstance(bias, Tensor) and not (isinstance(beta, Scalar) and beta.known and beta.const == 0):
             core.addends.append((bias, [*scale, ("mul", beta)]))
-        scale.append(("mul", extra.get("alpha", const(1))))
+        scale.append(("mul", _number(extra.get("alpha", const(1)))))
         query, key = value.args[1], value.args[2]
     else:
         query, key = value.args[1:3] if value.op == "einsum" else value.args[:2]
     core.query, core.key = _tensor(query, "query"), _tensor(key, "key")
     core.scale = scale
+    if not all(isinstance(factor, Scalar) for _, factor in scale):
+        raise NotUnderstood("the scores are scaled by something that is no number of the config")
     return core
 
 
@@ -297,7 +300,8 @@ def _peel(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
         return _peel_softcap(core, value, scale)
     if op in ("mul", "div"):
         inner, factor = _scores_and_rest(args)
-        if isinstance(factor, Scalar) or (isinstance(factor, Tensor) and factor.sizes_only and factor.shape == ()):
+        factor = _number(factor)
+        if isinstance(factor, Scalar):
             scale.append((op, factor))
             return inner
     if op == "masked_fill" or op == "where":
@@ -305,6 +309,20 @@ def _peel(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
     if op in ("max", "maximum", "clamp", "clip"):
         return args[0]
     raise NotUnderstood(f"the scores go through {op}, which is no part of attention that porter knows")
+
+
+def _number(value: Value) -> Value:
+    """The scalar in a tensor without dims: `torch.full([], x)` and `torch.tensor(x)` are x."""
+    if isinstance(value, Tensor) and value.shape == () and value.op in ("full", "tensor", "as_tensor"):
+        return value.args[1] if value.op == "full" else value.args[0]
+    if isinstance(value, Tensor) and value.shape == () and value.op in CASTS | {"sqrt"}:
+        inner = _number(value.args[0])
+        return scalars.call("math.sqrt", None, [inner]) if value.op == "sqrt" and isinstance(inner, Scalar) else inner
+    if isinstance(value, Tensor) and value.shape == () and value.op in ("div", "mul"):
+        left, right = _number(value.args[0]), _number(value.args[1])
+        if isinstance(left, Scalar) and isinstance(right, Scalar):
+            return scalars.binary(value.op, left, right)
+    return value
 
 
 def _scores_and_rest(args: tuple[Value, ...]) -> tuple[Value, Value]:

@@ -487,6 +487,20 @@ def _parameter(e: Evaluator, v: Tensor) -> Any:
     raise Unevaluable("parameter")
 
 
+@_op("gather")
+def _gather(e: Evaluator, v: Tensor) -> Any:
+    args, named = e.positional(v), e.keywords(v)
+    table, index = np.asarray(args[0]), np.asarray(named.get("index", args[-1])).astype(int)
+    return np.take_along_axis(table, index, axis=int(named.get("dim", args[1])))
+
+
+@_op("rope_init")
+def _rope_init(e: Evaluator, v: Tensor) -> Any:
+    """transformers' default inverse frequencies over the whole head."""
+    dim = int(e.point.field("head_dim"))
+    return 1.0 / (e.point.field("rope_theta") ** (np.arange(0, dim, 2) / dim))
+
+
 @_op("roll", "flip")
 def _roll(e: Evaluator, v: Tensor) -> Any:
     args, named = e.positional(v), e.keywords(v)

@@ -212,6 +212,8 @@ def external_item(run: Interp, base: External, index: Value) -> Value:
     short = base.name.rsplit(".", 1)[-1]
     if short in ("ACT2FN", "ACT2CLS"):
         return Layer(op="layer", kind="activation", params={"name": index})
+    if short == "ROPE_INIT_FUNCTIONS":
+        return External(op="external", name="rope_init")
     if short == "ALL_ATTENTION_FUNCTIONS":
         return External(op="external", name="attention_interface")
     return External(op="external", name=f"{base.name}[{scalars.text(index)}]")
@@ -305,6 +307,8 @@ def call_external(
         return _builtin(run, short, args, kwargs, node)
     if name == "attention_interface" or short == "scaled_dot_product_attention":
         return ops.attention(run, short, args, kwargs, node)
+    if name == "rope_init":
+        return _rope_init(args, kwargs)
     if short in _MASKS:
         return _mask(short, args, kwargs)
     if name.startswith("math."):
@@ -379,6 +383,16 @@ def _helpers(
     if short[:1].isupper():
         return Layer(op="layer", kind=f"unknown:{name}", params=kwargs)
     return Value(op="unknown", args=tuple(args), attrs=why)
+
+
+def _rope_init(args: list[Value], kwargs: dict[str, Value]) -> Sequence:
+    """(inverse frequencies, attention scaling) of transformers' rope functions, analysed for the default type."""
+    config = kwargs.get("config", args[0] if args else None)
+    path = config.path if isinstance(config, Config) else "config"
+    theta = symbol(f"{path}.rope_theta")
+    size = Poly.symbol(f"getattr({path}, 'head_dim', {path}.hidden_size // {path}.num_attention_heads) // 2")
+    table = Tensor(op="rope_init", args=(theta,), shape=(size,), attrs={"sizes_only": True})
+    return Sequence(op="tuple", args=(table,), items=(table, const(1.0)))
 
 
 def _mask(short: str, args: list[Value], kwargs: dict[str, Value]) -> Mask:

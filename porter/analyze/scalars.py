@@ -63,6 +63,8 @@ _COMPARE: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "In": ("in", lambda a, b: a in b),
     "NotIn": ("not in", lambda a, b: a not in b),
 }
+# Open scalars that may be None: what a config holds, not what is computed from sizes.
+_MAYBE_NONE = frozenset({"leaf", "getattr", "config_item", "choose", "and", "or"})
 # The plain rotation is analysed; scaled ones come from the config's rope parameters, in the runtime.
 ROPE_DELEGATED = {"config.rope_scaling is None": True, "config.rope_scaling": False}
 _NEGATED = {"!=": "==", "is not": "is", "not in": "in"}
@@ -149,6 +151,8 @@ def choose(test: Value, yes: Value, no: Value) -> Value:
     """The open scalar `yes if test else no`."""
     if isinstance(yes, Scalar) and isinstance(no, Scalar) and yes.known and no.known and yes.const is no.const:
         return yes
+    if isinstance(yes, Scalar) and isinstance(no, Scalar) and yes.size is not None and yes.size == no.size:
+        return yes
     source = f"({text(yes)} if {text(test)} else {text(no)})"
     return Scalar(op="choose", args=(test, yes, no), text=source, size=Poly.symbol(source))
 
@@ -229,7 +233,7 @@ def compare(name: str, left: Value, right: Value) -> Value:
     sign, function = _COMPARE[name]
     if is_none(left) or is_none(right):
         other = right if is_none(left) else left
-        if not isinstance(other, Scalar) or other.known or other.op == "index":
+        if not isinstance(other, Scalar) or other.known or other.op not in _MAYBE_NONE:
             same = is_none(left) and is_none(right)
             return const(same if sign in ("is", "==") else not same if sign in ("is not", "!=") else same)
     if isinstance(left, Scalar) and isinstance(right, Scalar) and left.known and right.known:
