@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import gc
 import hashlib
@@ -208,9 +209,20 @@ def _parse(text: str, name: str) -> cst.Module:
     try:
         return cst.parse_module(text)
     except cst.ParserSyntaxError as error:
+        line, reason = _syntax_error(text) or (error.raw_line, "libcst can't read it")
         raise SourceError(
-            f"{name} is not valid Python (line {error.raw_line}: {error.message})", "is the file complete?"
+            f"{name}:{line}: not valid Python: {reason}",
+            "give the whole modeling file, not a part of it nor a web page around it",
         ) from error
+
+
+def _syntax_error(text: str) -> tuple[int, str] | None:
+    """Python's own words for what is wrong, which are plainer than a parser's."""
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        return error.lineno or 1, error.msg
+    return None
 
 
 def _module_name(source: Source) -> str:

@@ -182,5 +182,5 @@ def test_the_line_of_a_refusal_is_that_of_the_construct(name: str, code: str) ->
 
 @pytest.mark.parametrize("name", ["rowan", "willow"])
 def test_a_file_that_does_not_parse_is_named_with_its_line(name: str) -> None:
-    with pytest.raises(SourceError, match=rf"modeling_{name}\.py is not valid Python \(line \d+: .*\); "):
+    with pytest.raises(SourceError, match=rf"modeling_{name}\.py:\d+: not valid Python: .*; "):
         convert(load(str(MODELS / "bad" / f"modeling_{name}.py")))
