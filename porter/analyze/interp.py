@@ -9,7 +9,7 @@ from typing import Any
 
 import libcst as cst
 
-from porter.analyze import library, ops, scalars
+from porter.analyze import indexing, library, ops, ops_layers, scalars, transfer
 from porter.analyze.facts import CallRecord, Facts, World
 from porter.analyze.program import ClassInfo, FunctionInfo, Program, import_names
 from porter.analyze.values import (
@@ -341,7 +341,7 @@ class Interp:
         if isinstance(value, Mapping):
             return [const(k) for k in value.items], False
         if isinstance(value, Tensor):
-            return [ops.row(value, node)], True
+            return [indexing.row(value, node)], True
         if isinstance(value, Scalar) and not value.known:
             return [symbol(f"item of {value.text}")], True
         raise self.refuse(node, "for", f"it loops over something not understood ({value.op})", "rewrite the loop")
@@ -362,7 +362,7 @@ class Interp:
 
     def _unpack(self, target: cst.Tuple | cst.List, value: Value) -> None:
         names = target.elements
-        items = ops.unpack(value, len(names), target)
+        items = indexing.unpack(value, len(names), target)
         if items is None or len(items) != len(names):
             found = "unknown" if items is None else len(items)
             raise self.refuse(target, f"unpack into {len(names)}", f"the value has {found} items", "check the rank")
@@ -376,7 +376,7 @@ class Interp:
         if isinstance(base, Mapping) and isinstance(index, Scalar) and index.known:
             base.items[index.const] = value
         elif isinstance(base, Tensor):
-            result = ops.build("setitem", (base, index, value), base.shape, target)
+            result = transfer.build("setitem", (base, index, value), base.shape, target)
             self.rebind(target.value, result)
 
     def set_attribute(self, base: Value, name: str, value: Value) -> None:
@@ -687,7 +687,7 @@ class Interp:
         if isinstance(base, External):
             return library.external_item(self, base, self.index(node))
         index = self.index(node)
-        return ops.item(self, base, index, node)
+        return indexing.item(self, base, index, node)
 
     def index(self, node: cst.Subscript) -> Value:
         parts = [self._index_part(e.slice) for e in node.slice]
@@ -753,7 +753,7 @@ class Interp:
         shell = target.attrs.get("<layer>")
         if isinstance(shell, Layer) and shell.kind == "linear" and args:
             shell.path = target.path
-            return ops.as_linear(result, args[0], shell)
+            return ops_layers.as_linear(result, args[0], shell)
         return result
 
     def _call_function(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import libcst as cst
 
-from porter.analyze import ops, scalars
+from porter.analyze import ops, ops_layers, scalars
 from porter.analyze.poly import Poly
 from porter.analyze.program import ClassInfo
 from porter.analyze.values import (
@@ -187,7 +187,7 @@ def layer_attribute(base: Layer, name: str, node: cst.CSTNode | None) -> Value:
     if name == "bias" and _is_false(base.params.get("bias")):
         return const(None)
     if name in ("weight", "bias") and base.kind in ("linear", "conv1d", "embedding", "layer_norm", "rms_norm"):
-        return ops.layer_weight(base, name)
+        return ops_layers.layer_weight(base, name)
     return Value(op="attribute", args=(base,), attrs={"name": name})
 
 
@@ -282,7 +282,7 @@ def call_layer(
         for item in items.items if isinstance(items, Sequence) else ():
             value = run.call(item, [value], {}, node)
         return value
-    return ops.layer(run, layer, args, kwargs, node)
+    return ops_layers.layer(run, layer, args, kwargs, node)
 
 
 def call_subclass(
@@ -306,7 +306,7 @@ def call_external(
     if name.startswith("builtins."):
         return _builtin(run, short, args, kwargs, node)
     if name == "attention_interface" or short == "scaled_dot_product_attention":
-        return ops.attention(run, short, args, kwargs, node)
+        return ops_layers.attention(run, short, args, kwargs, node)
     if name == "rope_init":
         return _rope_init(args, kwargs)
     if short in _MASKS:
@@ -449,7 +449,7 @@ def call_method(
     if isinstance(base, Config):
         return Config(op="config", path=base.path) if name == "get_text_config" else symbol(f"{base.path}.{name}()")
     if isinstance(base, Layer):
-        return ops.layer_method(run, base, name, args, kwargs, node)
+        return ops_layers.layer_method(run, base, name, args, kwargs, node)
     if isinstance(base, Instance):
         if name == "register_buffer" and len(args) > 1 and isinstance(args[0], Scalar):
             base.attrs[args[0].const] = args[1]
