@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import libcst as cst
 
 from porter.analyze.facts import Facts, line_of
-from porter.analyze.poly import BATCH, SEQ, Poly
-from porter.analyze.values import ONE, Scalar, Sequence, Shape, Tensor, Value
-from porter.errors import Refusal
+from porter.analyze.values import Scalar, Sequence, Tensor, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
+from porter.passes.flat_layout import LAYOUT, apart, is_module, layout, receiver, refuse
 
-LAYOUT = frozenset(
-    {
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "permute",
-        "expand",
-        "broadcast_to",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "contiguous",
-        "getitem",
-    }
-)
 # Where an operation takes its dim when it is not a keyword: method position after the receiver.
 DIM_AT = {
     "softmax": 0,
@@ -62,8 +41,6 @@ DIM_AT = {
     "flip": 0,
 }
 TOKEN_COUNT = "token_count_of_the_batch"
-
-
 _BEFORE = """\
 from torch import nn
 
@@ -132,31 +109,6 @@ class FlattenTokens(Pass):
         return edit.rewrite(facts.program.tree, edits)
 
 
-def flat(shape: Shape) -> tuple[Poly | str, ...]:
-    """The flat layout of a shape: tokens first, then what is left of the other dims, in order."""
-    if not any(s.has_tokens for s in shape):
-        return tuple(shape)
-    rest: list[Poly | str] = []
-    dims = list(shape)
-    if dims and dims[0] == ONE and not any(BATCH in s.symbols for s in dims):
-        dims = dims[1:]
-    for size in dims:
-        if not size.has_tokens:
-            rest.append(size)
-            continue
-        left = size.without_tokens()
-        if left is None:
-            raise ValueError(size.text())
-        if left != ONE:
-            rest.append(left)
-    return ("tokens", *rest)
-
-
-def _apart(shape: Shape | None) -> bool:
-    """Whether batch and sequence are separate dims, as the engine does not have them."""
-    return shape is not None and any(len(s.symbols & {BATCH, SEQ}) == 1 for s in shape)
-
-
 def _flatten(facts: Facts, node: cst.CSTNode) -> dict[cst.CSTNode, edit.Edit]:
     values = facts.values(node)
     if isinstance(node, cst.Assign) and len(node.targets) == 1 and isinstance(node.targets[0].target, cst.Tuple):
@@ -186,9 +138,6 @@ def _is_size(node: cst.BaseExpression) -> bool:
     if isinstance(node, cst.Subscript):
         return edit.code(node.value).endswith((".shape", ".size()"))
     return isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute) and node.func.attr.value == "size"
-
-
-# -- sizes -----------------------------------------------------------------------------------------
 
 
 def _unpacked_shape(facts: Facts, node: cst.Assign) -> dict[cst.CSTNode, edit.Edit]:
@@ -223,7 +172,7 @@ def _poison(node: cst.Assign, target: cst.Tuple, shape: Sequence, code: str) -> 
 def _size(facts: Facts, node: cst.BaseExpression, sizes: list[Scalar]) -> dict[cst.CSTNode, edit.Edit]:
     source = sizes[0].args[0]
     index = sizes[0].args[1]
-    if not isinstance(source, Tensor) or source.shape is None or not _apart(source.shape):
+    if not isinstance(source, Tensor) or source.shape is None or not apart(source.shape):
         return {}
     assert isinstance(index, Scalar) and isinstance(index.const, int)
     if source.shape[index.const].has_tokens:
@@ -233,19 +182,16 @@ def _size(facts: Facts, node: cst.BaseExpression, sizes: list[Scalar]) -> dict[c
     return {node: edit.replace(f"{base}.shape[{place}]")}
 
 
-# -- operations ------------------------------------------------------------------------------------
-
-
 def _operation(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTNode, edit.Edit]:
     if all(_is_device_move(v) for v in made):
-        return {node: _receiver}
+        return {node: receiver}
     sources = [v.args[0] for v in made]
     if not any(
-        _apart(v.shape) or (isinstance(s, Tensor) and _apart(s.shape)) for v, s in zip(made, sources, strict=True)
+        apart(v.shape) or (isinstance(s, Tensor) and apart(s.shape)) for v, s in zip(made, sources, strict=True)
     ):
-        return {node: _receiver} if all(v.op == "contiguous" for v in made) else {}
+        return {node: receiver} if all(v.op == "contiguous" for v in made) else {}
     if all(v.op in LAYOUT for v in made):
-        return _layout(facts, node, made)
+        return layout(facts, node, made)
     if made[0].op in ("matmul", "bmm", "einsum", "baddbmm") and not made[0].sizes_only:
         return _product(facts, node, made)
     return _dim(facts, node, made, made[0].op)
@@ -256,150 +202,12 @@ def _is_device_move(value: Tensor) -> bool:
     return value.op == "to" and all(isinstance(a, Scalar) and a.op == "device" for a in value.args[1:])
 
 
-def _receiver(updated: Any) -> Any:
-    """What a layout call or index was applied to."""
-    if isinstance(updated, cst.Subscript):
-        return updated.value
-    if isinstance(updated.func, cst.Attribute) and not _is_module(updated.func.value):
-        return updated.func.value
-    return updated.args[0].value
-
-
-def _is_module(node: cst.BaseExpression) -> bool:
-    return edit.code(node) in ("torch", "F", "nn.functional", "torch.nn.functional")
-
-
-def _layout(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTNode, edit.Edit]:
-    pairs = []
-    for value in made:
-        source = value.args[0]
-        if not isinstance(source, Tensor) or source.shape is None or value.shape is None:
-            raise _unknown(facts, node, value)
-        try:
-            pairs.append((flat(source.shape), flat(value.shape)))
-        except ValueError as error:
-            raise _refuse(facts, node, f"the size {error} mixes tokens with other dims") from error
-    if all(a == b for a, b in pairs):
-        return {node: _receiver}
-    if any(a == b for a, b in pairs):
-        raise _refuse(facts, node, "its flat layout depends on the config")
-    value = made[0]
-    if value.op == "permute":
-        return _permuted(facts, node, value, *pairs[0])
-    if value.op == "unsqueeze":
-        place = _first_difference(*pairs[0])
-        return {node: lambda updated: _method(updated, f"unsqueeze({place})")}
-    if value.op == "getitem":
-        return _indexed(facts, node, value)
-    return _reshaped(facts, node, value, *pairs[0])
-
-
-def _first_difference(before: tuple[Any, ...], after: tuple[Any, ...]) -> int:
-    for i, (a, b) in enumerate(zip(before, after, strict=False)):
-        if a != b:
-            return i
-    return min(len(before), len(after))
-
-
-def _method(updated: Any, call: str) -> cst.BaseExpression:
-    return edit.parse(f"{edit.code(edit.parenthesized(_receiver(updated)))}.{call}")
-
-
-def _permuted(
-    facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
-) -> dict[cst.CSTNode, edit.Edit]:
-    source = value.args[0]
-    assert isinstance(source, Tensor) and source.shape is not None
-    kept = [i for i in value.attrs["order"] if not source.shape[i].has_tokens]
-    ranks = {axis: i + 1 for i, axis in enumerate(sorted(kept))}
-    order = [0, *[ranks[axis] for axis in kept]]
-    if len(order) != len(after):
-        raise _refuse(facts, node, "the permutation splits a dim that holds tokens")
-    return {node: lambda updated: _method(updated, f"permute({', '.join(map(str, order))})")}
-
-
-def _reshaped(
-    facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
-) -> dict[cst.CSTNode, edit.Edit]:
-    """A view that splits or merges dims of a token."""
-    if _rank_agnostic(value):
-        return {}
-    common = _first_difference(before, after)
-    if len(after) - common == 1:
-        return {node: lambda updated: _method(updated, f"flatten({common - len(before)})")}
-    if len(before) - common == 1:
-        sizes = _dim_codes(facts, node, value, len(after) - common)
-        return {node: lambda updated: _method(updated, f"unflatten(-1, ({', '.join(sizes)}))")}
-    raise _refuse(facts, node, "it splits and merges dims at once")
-
-
-def _rank_agnostic(value: Tensor) -> bool:
-    """A view to `(*x.shape[:-1], ...)`: its leading sizes are the tensor's own, whatever their number."""
-    shapes = [a for a in value.args[1:] if isinstance(a, Sequence)]
-    sizes = shapes[0].items if shapes else value.args[1:]
-    tokens = [i for i, s in enumerate(sizes) if isinstance(s, Scalar) and s.size is not None and s.size.has_tokens]
-    if shapes:
-        return bool(tokens) and max(tokens) < shapes[0].prefix
-    return False
-
-
-def _dim_codes(facts: Facts, node: cst.CSTNode, value: Tensor, count: int) -> list[str]:
-    """Source for the last `count` sizes of a view, from its own arguments."""
-    assert isinstance(node, cst.Call) and value.shape is not None
-    args = [a.value for a in node.args]
-    if isinstance(node.func, cst.Attribute) and _is_module(node.func.value):
-        args = args[1:]
-    if len(args) == 1:
-        inner: cst.CSTNode = args[0]
-        if not isinstance(inner, cst.Tuple):
-            origin = [v.node for v in facts.values(args[0]) if isinstance(v, Sequence)]
-            inner = origin[0] if origin and isinstance(origin[0], cst.Tuple) else inner
-        args = [e.value for e in inner.elements] if isinstance(inner, cst.Tuple) else args
-    if len(args) < count or any(isinstance(a, cst.StarredElement) for a in args[-count:]):
-        raise _refuse(facts, node, "the sizes of its last dims are not written out")
-    if any(s.has_tokens for s in value.shape[-count:]):
-        raise _refuse(facts, node, "tokens are not its leading dims")
-    return [edit.code(a) for a in args[-count:]]
-
-
-def _indexed(facts: Facts, node: cst.CSTNode, value: Tensor) -> dict[cst.CSTNode, edit.Edit]:
-    """`x[:, :, i]`: full slices over batch and sequence become one."""
-    assert isinstance(node, cst.Subscript)
-    source = value.args[0]
-    assert isinstance(source, Tensor) and source.shape is not None
-    elements = list(node.slice)
-    if any(edit.code(e.slice) == "..." for e in elements):
-        first = elements[0]
-        if edit.code(first.slice) == "..." and not any(s.has_tokens for s in source.shape[-(len(elements) - 1) :]):
-            return {}
-        raise _refuse(facts, node, "it indexes around an ellipsis")
-    kept: list[str] = []
-    dims = list(source.shape)
-    tokens_done = False
-    for element in elements:
-        text = edit.code(element.slice).strip(",")
-        if text == "None":
-            kept.append("None")
-            continue
-        size = dims.pop(0)
-        if size.has_tokens:
-            if text != ":":
-                raise _refuse(facts, node, "it picks single tokens of a sequence")
-            if not tokens_done:
-                kept.insert(0, ":")
-            tokens_done = True
-            continue
-        kept.append(text)
-    index = ", ".join(kept)
-    return {node: lambda updated: edit.parse(f"{edit.code(updated.value)}[{index}]")}
-
-
 def _product(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTNode, edit.Edit]:
     """A matrix product is fine as long as tokens stay rows of its left side."""
     for value in made:
         right = value.args[1]
         if isinstance(right, Tensor) and right.shape is not None and any(s.has_tokens for s in right.shape):
-            raise _refuse(facts, node, "it multiplies tokens with tokens outside of attention")
+            raise refuse(facts, node, "it multiplies tokens with tokens outside of attention")
     return {}
 
 
@@ -410,20 +218,20 @@ def _dim(facts: Facts, node: cst.CSTNode, made: list[Tensor], op: str) -> dict[c
     name = node.func.attr.value if isinstance(node.func, cst.Attribute) else edit.code(node.func)
     if name not in DIM_AT:
         return {}
-    is_function = isinstance(node.func, cst.Attribute) and _is_module(node.func.value)
+    is_function = isinstance(node.func, cst.Attribute) and is_module(node.func.value)
     place = DIM_AT[name] + (1 if is_function else 0)
     arg = next((a for a in node.args if a.keyword is not None and a.keyword.value == "dim"), None)
     if arg is None and place < len(node.args) and all(a.keyword is None for a in node.args[: place + 1]):
         arg = node.args[place]
     source = _tensor_in(made[0])
-    if arg is None or source is None or not _apart(source.shape):
+    if arg is None or source is None or not apart(source.shape):
         return {}
     number = _number(facts, arg.value)
     if number is None or source.shape is None:
-        raise _refuse(facts, node, "its dim is not a known number")
+        raise refuse(facts, node, "its dim is not a known number")
     axis = number % len(source.shape)
     if source.shape[axis].has_tokens:
-        raise _refuse(facts, node, "it works along the sequence, which the engine does not have as a dim")
+        raise refuse(facts, node, "it works along the sequence, which the engine does not have as a dim")
     place_from_end = axis - len(source.shape)
     if any(s.has_tokens for s in source.shape[axis:]):
         place_from_end = -sum(not s.has_tokens for s in source.shape[axis:])
@@ -442,19 +250,3 @@ def _tensor_in(value: Tensor) -> Tensor | None:
 def _number(facts: Facts, node: cst.BaseExpression) -> int | None:
     values = [v.const for v in facts.values(node) if isinstance(v, Scalar) and v.known]
     return values[0] if values and isinstance(values[0], int) else None
-
-
-def _unknown(facts: Facts, node: cst.CSTNode, value: Tensor) -> Refusal:
-    reasons = [v.attrs["why"] for v in value.walk() if "why" in v.attrs]
-    return _refuse(facts, node, f"the layout of its input is unknown ({reasons[0] if reasons else value.op})")
-
-
-def _refuse(facts: Facts, node: cst.CSTNode, why: str) -> Refusal:
-    code = " ".join(edit.code(node).split())
-    return Refusal(
-        "",
-        line_of(facts.program.tree, node),
-        code if len(code) < 90 else code[:87] + "...",
-        why,
-        "rewrite it for one token at a time, or port this module by hand",
-    )

@@ -1,0 +1,211 @@
+"""Flat layouts of tensors, and layout operations written for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import libcst as cst
+
+from porter.analyze.facts import Facts, line_of
+from porter.analyze.poly import BATCH, SEQ, Poly
+from porter.analyze.values import ONE, Scalar, Sequence, Shape, Tensor
+from porter.errors import Refusal
+from porter.passes import edit
+
+LAYOUT = frozenset(
+    {
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "permute",
+        "expand",
+        "broadcast_to",
+        "expand_as",
+        "view_as",
+        "reshape_as",
+        "contiguous",
+        "getitem",
+    }
+)
+
+
+def flat(shape: Shape) -> tuple[Poly | str, ...]:
+    """The flat layout of a shape: tokens first, then what is left of the other dims, in order."""
+    if not any(s.has_tokens for s in shape):
+        return tuple(shape)
+    rest: list[Poly | str] = []
+    dims = list(shape)
+    if dims and dims[0] == ONE and not any(BATCH in s.symbols for s in dims):
+        dims = dims[1:]
+    for size in dims:
+        if not size.has_tokens:
+            rest.append(size)
+            continue
+        left = size.without_tokens()
+        if left is None:
+            raise ValueError(size.text())
+        if left != ONE:
+            rest.append(left)
+    return ("tokens", *rest)
+
+
+def apart(shape: Shape | None) -> bool:
+    """Whether batch and sequence are separate dims, as the engine does not have them."""
+    return shape is not None and any(len(s.symbols & {BATCH, SEQ}) == 1 for s in shape)
+
+
+def receiver(updated: Any) -> Any:
+    """What a layout call or index was applied to."""
+    if isinstance(updated, cst.Subscript):
+        return updated.value
+    if isinstance(updated.func, cst.Attribute) and not is_module(updated.func.value):
+        return updated.func.value
+    return updated.args[0].value
+
+
+def is_module(node: cst.BaseExpression) -> bool:
+    return edit.code(node) in ("torch", "F", "nn.functional", "torch.nn.functional")
+
+
+def layout(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTNode, edit.Edit]:
+    pairs = []
+    for value in made:
+        source = value.args[0]
+        if not isinstance(source, Tensor) or source.shape is None or value.shape is None:
+            raise _unknown(facts, node, value)
+        try:
+            pairs.append((flat(source.shape), flat(value.shape)))
+        except ValueError as error:
+            raise refuse(facts, node, f"the size {error} mixes tokens with other dims") from error
+    if all(a == b for a, b in pairs):
+        return {node: receiver}
+    if any(a == b for a, b in pairs):
+        raise refuse(facts, node, "its flat layout depends on the config")
+    value = made[0]
+    if value.op == "permute":
+        return _permuted(facts, node, value, *pairs[0])
+    if value.op == "unsqueeze":
+        place = _first_difference(*pairs[0])
+        return {node: lambda updated: _method(updated, f"unsqueeze({place})")}
+    if value.op == "getitem":
+        return _indexed(facts, node, value)
+    return _reshaped(facts, node, value, *pairs[0])
+
+
+def _first_difference(before: tuple[Any, ...], after: tuple[Any, ...]) -> int:
+    for i, (a, b) in enumerate(zip(before, after, strict=False)):
+        if a != b:
+            return i
+    return min(len(before), len(after))
+
+
+def _method(updated: Any, call: str) -> cst.BaseExpression:
+    return edit.parse(f"{edit.code(edit.parenthesized(receiver(updated)))}.{call}")
+
+
+def _permuted(
+    facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
+) -> dict[cst.CSTNode, edit.Edit]:
+    source = value.args[0]
+    assert isinstance(source, Tensor) and source.shape is not None
+    kept = [i for i in value.attrs["order"] if not source.shape[i].has_tokens]
+    ranks = {axis: i + 1 for i, axis in enumerate(sorted(kept))}
+    order = [0, *[ranks[axis] for axis in kept]]
+    if len(order) != len(after):
+        raise refuse(facts, node, "the permutation splits a dim that holds tokens")
+    return {node: lambda updated: _method(updated, f"permute({', '.join(map(str, order))})")}
+
+
+def _reshaped(
+    facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
+) -> dict[cst.CSTNode, edit.Edit]:
+    """A view that splits or merges dims of a token."""
+    if _rank_agnostic(value):
+        return {}
+    common = _first_difference(before, after)
+    if len(after) - common == 1:
+        return {node: lambda updated: _method(updated, f"flatten({common - len(before)})")}
+    if len(before) - common == 1:
+        sizes = _dim_codes(facts, node, value, len(after) - common)
+        return {node: lambda updated: _method(updated, f"unflatten(-1, ({', '.join(sizes)}))")}
+    raise refuse(facts, node, "it splits and merges dims at once")
+
+
+def _rank_agnostic(value: Tensor) -> bool:
+    """A view to `(*x.shape[:-1], ...)`: its leading sizes are the tensor's own, whatever their number."""
+    shapes = [a for a in value.args[1:] if isinstance(a, Sequence)]
+    sizes = shapes[0].items if shapes else value.args[1:]
+    tokens = [i for i, s in enumerate(sizes) if isinstance(s, Scalar) and s.size is not None and s.size.has_tokens]
+    if shapes:
+        return bool(tokens) and max(tokens) < shapes[0].prefix
+    return False
+
+
+def _dim_codes(facts: Facts, node: cst.CSTNode, value: Tensor, count: int) -> list[str]:
+    """Source for the last `count` sizes of a view, from its own arguments."""
+    assert isinstance(node, cst.Call) and value.shape is not None
+    args = [a.value for a in node.args]
+    if isinstance(node.func, cst.Attribute) and is_module(node.func.value):
+        args = args[1:]
+    if len(args) == 1:
+        inner: cst.CSTNode = args[0]
+        if not isinstance(inner, cst.Tuple):
+            origin = [v.node for v in facts.values(args[0]) if isinstance(v, Sequence)]
+            inner = origin[0] if origin and isinstance(origin[0], cst.Tuple) else inner
+        args = [e.value for e in inner.elements] if isinstance(inner, cst.Tuple) else args
+    if len(args) < count or any(isinstance(a, cst.StarredElement) for a in args[-count:]):
+        raise refuse(facts, node, "the sizes of its last dims are not written out")
+    if any(s.has_tokens for s in value.shape[-count:]):
+        raise refuse(facts, node, "tokens are not its leading dims")
+    return [edit.code(a) for a in args[-count:]]
+
+
+def _indexed(facts: Facts, node: cst.CSTNode, value: Tensor) -> dict[cst.CSTNode, edit.Edit]:
+    """`x[:, :, i]`: full slices over batch and sequence become one."""
+    assert isinstance(node, cst.Subscript)
+    source = value.args[0]
+    assert isinstance(source, Tensor) and source.shape is not None
+    elements = list(node.slice)
+    if any(edit.code(e.slice) == "..." for e in elements):
+        first = elements[0]
+        if edit.code(first.slice) == "..." and not any(s.has_tokens for s in source.shape[-(len(elements) - 1) :]):
+            return {}
+        raise refuse(facts, node, "it indexes around an ellipsis")
+    kept: list[str] = []
+    dims = list(source.shape)
+    tokens_done = False
+    for element in elements:
+        text = edit.code(element.slice).strip(",")
+        if text == "None":
+            kept.append("None")
+            continue
+        size = dims.pop(0)
+        if size.has_tokens:
+            if text != ":":
+                raise refuse(facts, node, "it picks single tokens of a sequence")
+            if not tokens_done:
+                kept.insert(0, ":")
+            tokens_done = True
+            continue
+        kept.append(text)
+    index = ", ".join(kept)
+    return {node: lambda updated: edit.parse(f"{edit.code(updated.value)}[{index}]")}
+
+
+def _unknown(facts: Facts, node: cst.CSTNode, value: Tensor) -> Refusal:
+    reasons = [v.attrs["why"] for v in value.walk() if "why" in v.attrs]
+    return refuse(facts, node, f"the layout of its input is unknown ({reasons[0] if reasons else value.op})")
+
+
+def refuse(facts: Facts, node: cst.CSTNode, why: str) -> Refusal:
+    code = " ".join(edit.code(node).split())
+    return Refusal(
+        "",
+        line_of(facts.program.tree, node),
+        code if len(code) < 90 else code[:87] + "...",
+        why,
+        "rewrite it for one token at a time, or port this module by hand",
+    )
