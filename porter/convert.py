@@ -22,7 +22,7 @@ from porter.analyze.program import Program
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
 from porter.errors import ConversionError, Refusal, SourceError
-from porter.passes.attend import read_attention, turns_queries
+from porter.passes.attend_place import read_attention, turns_queries
 from porter.passes.base import Pass, Stage, discover
 from porter.source import Source
 

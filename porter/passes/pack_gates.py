@@ -8,8 +8,9 @@ from porter.analyze.facts import Facts
 from porter.analyze.flows import Flows, layer_of
 from porter.analyze.values import Layer, Scalar, Tensor, Value
 from porter.passes import edit
-from porter.passes.attend import LINEAR, _creation_parts, _creations
+from porter.passes.attend_layer import LINEAR
 from porter.passes.base import Example, Pass, Stage, Unchanged
+from porter.passes.creations import creation_parts, creations_of
 from porter.passes.pack_projections import _init_of
 
 PACKED = "gate_up_proj"
@@ -110,7 +111,7 @@ def _pack(facts: Facts, function: cst.FunctionDef, node: cst.BinaryOperation) ->
     if init is None or gate_layer is None or up_layer is None or gate_layer.kind != "linear":
         return {}
     names = [layer.path.rsplit(".", 1)[-1] for layer in (gate_layer, up_layer)]
-    creations = [_creations(init, n) for n in names]
+    creations = [creations_of(init, n) for n in names]
     if any(len(c) != 1 for c in creations):
         return {}
     made = [_parts(c[0], layer) for c, layer in zip(creations, (gate_layer, up_layer), strict=True)]
@@ -139,7 +140,7 @@ def _only_use(facts: Facts, node: cst.BinaryOperation) -> bool:
 
 
 def _parts(creation: cst.Call, layer: Layer) -> tuple[str, str, str]:
-    inputs, bias = _creation_parts(creation, layer)
+    inputs, bias = creation_parts(creation, layer)
     named = {a.keyword.value: edit.code(a.value) for a in creation.args if a.keyword is not None}
     plain = [edit.code(a.value) for a in creation.args if a.keyword is None]
     return inputs, named.get("out_features", plain[1] if len(plain) > 1 else ""), bias

@@ -10,8 +10,9 @@ from porter.analyze.facts import Facts, World
 from porter.analyze.flows import layer_of, mixes_features
 from porter.analyze.values import Scalar, Tensor, Value
 from porter.passes import edit
-from porter.passes.attend import LINEAR, _creation_parts, _creations, assigned_before
+from porter.passes.attend_layer import LINEAR
 from porter.passes.base import Example, Pass, Stage, Unchanged
+from porter.passes.creations import assigned_before, creation_parts, creations_of
 
 PACKED = "qkv_proj"
 
@@ -143,11 +144,11 @@ def _pack(facts: Facts, trio: Trio) -> dict[cst.CSTNode, edit.Edit]:
     init = _init_of(facts, trio.function)
     if init is None:
         return {}
-    creations = [_creations(init, n) for n in trio.names]
+    creations = [creations_of(init, n) for n in trio.names]
     if any(len(c) != 1 for c in creations):
         return {}
     layer = layer_of(trio.linears[0])
-    parts = [_creation_parts(c[0], layer) for c in creations]
+    parts = [creation_parts(c[0], layer) for c in creations]
     if len(set(parts)) != 1:
         return {}
     made = _attn_constructors(init)

@@ -11,7 +11,7 @@ from porter.analyze.flows import ELEMENTWISE, RESHAPES, Flows, all_uses_are, beh
 from porter.analyze.program import full_name
 from porter.analyze.values import Instance, Layer, Scalar, Tensor, Value
 from porter.passes import edit
-from porter.passes.attend import LINEAR
+from porter.passes.attend_layer import LINEAR
 from porter.passes.base import Example, Pass, Stage
 
 EMBEDDING = "porter.runtime.layers.embedding"
