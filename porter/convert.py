@@ -179,7 +179,8 @@ class _Work:
             if kind == "equal":
                 lines += self.lines[a:b]
                 continue
-            at = self.lines[min(a, len(self.lines) - 1)]
+            blank = next((k for k, line in enumerate(before[a:b]) if line.strip()), 0)
+            at = self.lines[min(a + blank, len(self.lines) - 1)]
             lines += [at] * (d - c)
             old, new = "\n".join(before[a:b]).strip(), "\n".join(after[c:d]).strip()
             if old != new:

@@ -104,6 +104,7 @@ class Core:
     alibi_scale: list[tuple[str, Value]] = field(default_factory=list)
     alibi_dtype: str = ""
     default_scale: bool = False
+    causal: bool = False  # said by the call itself, without a mask
     rotation: Rotation | None = None
     fused: str = ""  # "", contiguous or grouped
     heads: Poly | None = None
@@ -198,12 +199,21 @@ def _softmax_of(product: Tensor) -> Tensor | None:
     value: Value = operands[0]
     for _ in range(30):
         if isinstance(value, Tensor) and value.op == "softmax":
-            return value if _has_two_token_axes(value) else None
-        if value.op in LAYOUT or value.op in ("dropout", "masked_fill", "nan_to_num"):
+            return value if _has_two_token_axes(value) and _is_over_last(value) else None
+        if value.op in CASTS or value.op in ("dropout", "view", "reshape"):
             value = value.args[0]
         else:
             return None
     return None
+
+
+def _is_over_last(value: Tensor) -> bool:
+    """Whether a softmax runs over its last axis."""
+    names = value.attrs.get("kw", ())
+    named = dict(zip(names, value.args[len(value.args) - len(names) :], strict=True))
+    dim = named.get("dim", value.args[1] if len(value.args) - len(names) > 1 else None)
+    number = scalars.number(dim) if dim is not None else None
+    return number is not None and value.shape is not None and number in (-1, len(value.shape) - 1)
 
 
 def _has_two_token_axes(value: Tensor) -> bool:
@@ -232,6 +242,7 @@ def _from_interface(value: Tensor) -> Core:
     if mask is None or is_none(mask):
         if not (isinstance(causal, Scalar) and causal.known and causal.const is True):
             raise NotUnderstood("the attention has no causal mask")
+        core.causal = True
     elif isinstance(mask, Tensor):
         core.addends.append((mask, []))
     window = given.get("sliding_window")
@@ -275,10 +286,22 @@ def _from_product(product: Tensor) -> Core:
     else:
         query, key = value.args[1:3] if value.op == "einsum" else value.args[:2]
     core.query, core.key = _tensor(query, "query"), _tensor(key, "key")
+    _check_orientation(core, value.op)
     core.scale = scale
     if not all(isinstance(factor, Scalar) for _, factor in scale):
         raise NotUnderstood("the scores are scaled by something that is no number of the config")
     return core
+
+
+def _check_orientation(core: Core, op: str) -> None:
+    """Scores contract the head size, and the weighted sum runs over the keys."""
+    query, key, content = core.query.shape, core.key.shape, core.value.shape
+    if op == "einsum" or core.output.op == "einsum":
+        return
+    if not query or not key or not content or len(key) < 2 or len(content) < 2:
+        raise NotUnderstood("the layout of queries, keys or values is unknown")
+    if key[-2] != query[-1] or "<seq>" not in key[-1].symbols or "<seq>" not in content[-2].symbols:
+        raise NotUnderstood("the scores do not multiply queries with transposed keys")
 
 
 def _peel(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
@@ -289,11 +312,13 @@ def _peel(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
     if op == "getitem" and isinstance(args[0], Tensor):
         return args[0]
     if op == "add_mask":
+        _before_softcap(core)
         core.addends.append((_tensor(args[1], "mask"), list(scale)))
         return args[0]
     if op in ("add", "sub"):
         inner, extra = _scores_and_rest(args)
         if isinstance(extra, Tensor) and op == "add":
+            _before_softcap(core)
             core.addends.append((extra, list(scale)))
             return inner
     if op == "mul" and any(a.op == "tanh" for a in args):
@@ -306,9 +331,29 @@ def _peel(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
             return inner
     if op == "masked_fill" or op == "where":
         return _peel_fill(core, value, scale)
-    if op in ("max", "maximum", "clamp", "clip"):
+    if op in ("max", "maximum", "clamp", "clip") and _only_floors(value):
         return args[0]
     raise NotUnderstood(f"the scores go through {op}, which is no part of attention that porter knows")
+
+
+def _before_softcap(core: Core) -> None:
+    """Masks and biases come after the softcap; one inside of it would be capped too."""
+    if core.softcap is not None:
+        raise NotUnderstood("the softcap comes after the mask or the position bias")
+
+
+def _is_low(value: Value) -> bool:
+    """Whether a fill is so low that softmax gives nothing."""
+    try:
+        return bool(np.all(np.asarray(Evaluator(Point())(value), dtype=float) < -1e4))
+    except (Unevaluable, TypeError, ValueError):
+        return False
+
+
+def _only_floors(value: Value) -> bool:
+    """`max(scores, lowest)`: a floor that only undoes the overflow of masks."""
+    names = value.attrs.get("kw", ())
+    return len(value.args) == 2 and (not names or names == ("min",)) and _is_low(value.args[1])
 
 
 def _number(value: Value) -> Value:
@@ -335,7 +380,8 @@ def _scores_and_rest(args: tuple[Value, ...]) -> tuple[Value, Value]:
 def _peel_softcap(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
     tanh, cap = value.args if value.args[0].op == "tanh" else value.args[::-1]
     inside = tanh.args[0]
-    if inside.op != "div" or scale:
+    same = inside.op == "div" and scalars.text(inside.args[1]) == scalars.text(cap)
+    if not same or scale:
         raise NotUnderstood("tanh in the scores that is not cap * tanh(scores / cap)")
     core.softcap = cap
     return inside.args[0]
@@ -350,8 +396,10 @@ def _peel_fill(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Valu
         condition, first, second = value.args[:3]
         keep = isinstance(first, Tensor) and not first.sizes_only
         inner = first if keep else second
-    if not isinstance(condition, Tensor):
-        raise NotUnderstood("scores are filled under a condition that is no tensor")
+    low = value.args[2] if value.op == "masked_fill" else second if keep else first
+    if not isinstance(condition, Tensor) or not _is_low(low):
+        raise NotUnderstood("scores are filled under a condition, but not as a mask fills them")
+    _before_softcap(core)
     mask = Tensor(
         op="where",
         args=(condition, const(0.0), const(NEGATIVE)) if keep else (condition, const(NEGATIVE), const(0.0)),
@@ -367,7 +415,7 @@ def _peel_fill(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Valu
 
 def complete(core: Core, point: Point) -> None:
     """Read masks, ALiBi, RoPE and head layouts from the values, each checked on numbers."""
-    causal = not core.addends
+    causal = core.causal
     for addend, factors in core.addends:
         causal |= _read_addend(core, addend, factors, point)
     if not causal:
@@ -469,9 +517,18 @@ def _strip(value: Tensor) -> list[Tensor]:
 
 def _read_rotation(core: Core, point: Point) -> Rotation | None:
     """RoPE on queries and keys, if there is a standard one; another rotation stays in the port."""
-    query, key = _strip(core.query)[-1], _strip(core.key)[-1]
-    if not _turns(query) or not _turns(key):
+    if not _turns(_strip(core.query)[-1]) or not _turns(_strip(core.key)[-1]):
         return None
+    for query in _strip(core.query):
+        for key in _strip(core.key):
+            found = _rotation_of(query, key, point)
+            if found is not None:
+                return found
+    return None
+
+
+def _rotation_of(query: Tensor, key: Tensor, point: Point) -> Rotation | None:
+    """The rotation that leads to these two values, if it is a standard one and the same for both."""
     before_query, before_key = _before_rotation(query, point), _before_rotation(key, point)
     if before_query is None or before_key is None:
         return None

@@ -50,9 +50,12 @@ _GUESSES: tuple[tuple[tuple[str, ...], float], ...] = (
 class Point:
     """One assignment of numbers to config fields; `heads` sets the head count (6 is no power of two)."""
 
-    def __init__(self, heads: int = 4, theta: float = 10000.0, fields: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, heads: int = 4, theta: float = 10000.0, fields: Mapping[str, float] | None = None, seq: int = SEQ_LENGTH
+    ) -> None:
         self.heads = heads
         self.theta = theta
+        self.seq = seq
         self.fields = dict(fields or {})
 
     def field(self, name: str) -> float:
@@ -135,7 +138,7 @@ class Point:
         return function(*[self._node(a) for a in node.args])
 
     def size(self, size: Poly) -> float:
-        values: dict[str, float] = {BATCH: BATCH_SIZE, SEQ: SEQ_LENGTH}
+        values: dict[str, float] = {BATCH: BATCH_SIZE, SEQ: self.seq}
         for symbol in size.symbols - {BATCH, SEQ}:
             values[symbol] = self.text(symbol)
         found = size.evaluate(values)
@@ -188,7 +191,8 @@ class Evaluator:
     def __call__(self, value: Value) -> Any:
         if id(value) not in self.memo:
             try:
-                self.memo[id(value)] = self._compute(value)
+                with np.errstate(all="ignore"):
+                    self.memo[id(value)] = self._compute(value)
             except (ValueError, IndexError, TypeError, KeyError, ZeroDivisionError, OverflowError) as error:
                 raise Unevaluable(f"{value.op}: {error}") from error
         return self.memo[id(value)]
@@ -239,7 +243,7 @@ class Evaluator:
 
 
 def mask_array(mask: Mask, point: Point) -> Array:
-    rows, columns = np.arange(SEQ_LENGTH)[:, None], np.arange(SEQ_LENGTH)[None, :]
+    rows, columns = np.arange(point.seq)[:, None], np.arange(point.seq)[None, :]
     allowed = columns <= rows
     if mask.kind == "sliding":
         allowed &= columns > rows - int(point.field("window"))
@@ -349,7 +353,7 @@ def _bool(e: Evaluator, v: Tensor) -> Any:
 
 @_op("positions")
 def _positions(e: Evaluator, v: Tensor) -> Any:
-    return np.tile(np.arange(SEQ_LENGTH), (BATCH_SIZE, 1))
+    return np.tile(np.arange(e.point.seq), (BATCH_SIZE, 1))
 
 
 @_op("ones", "zeros", "empty", "full")

@@ -70,11 +70,11 @@ class Facts:
         return [c for world in self.worlds for c in world.calls if c.site is site]
 
     @property
-    def called(self) -> set[cst.FunctionDef]:
+    def called(self) -> dict[cst.FunctionDef, None]:
         """Functions of the file that ran on some path (properties of the config class are not of the file)."""
         config = self.program.config_class
         return {
-            c.function.node
+            c.function.node: None
             for world in self.worlds
             for c in world.calls
             if config is None or c.function.owner is not config

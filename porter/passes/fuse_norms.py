@@ -25,6 +25,7 @@ class Norm:
 
     width: str
     eps: str
+    literal: str  # eps where no parameter holds it
     unit_offset: bool
 
 
@@ -95,7 +96,7 @@ class FuseNorms(Pass):
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
-        for name in {n for w in facts.worlds for n in w.classes}:
+        for name in sorted({n for w in facts.worlds for n in w.classes}):
             norm = _recognise(facts, name)
             if norm is not None:
                 edits.update(_replace(facts, name, norm))
@@ -136,8 +137,12 @@ def _of_record(facts: Facts, record: CallRecord, init: cst.FunctionDef) -> Norm 
     if form is None or bound is None or weights[0].shape is None:
         return None
     width = _parameter_of(bound, weights[0].shape[0])
-    epsilon = next((k for k, v in bound.items() if any(v is e for e in eps)), "")
-    return Norm(width, epsilon, form == "offset") if width else None
+    inside = [v for v in _inside(result, source, weights[0]) if isinstance(v, Scalar)]
+    epsilon = next((k for k, v in bound.items() if k != width and any(v is x for x in inside)), "")
+    literal = next((repr(v.const) for v in inside if isinstance(v.const, float) and 0 < v.const < 0.01), "")
+    if not width or not (epsilon or literal):
+        return None
+    return Norm(width, epsilon, literal, form == "offset")
 
 
 def _inside(result: Value, *ends: Tensor) -> list[Value]:
@@ -210,5 +215,5 @@ def _creation(node: cst.Call, params: list[cst.Param], norm: Norm) -> str:
     for i, arg in enumerate(node.args):
         given[arg.keyword.value if arg.keyword is not None else names[i]] = edit.code(arg.value)
     offset = ", unit_offset=True" if norm.unit_offset else ""
-    eps = f", eps={given[norm.eps]}" if norm.eps in given else ""
+    eps = f", eps={given.get(norm.eps, norm.literal)}"
     return f"RMSNorm({given[norm.width]}{eps}{offset})"

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 import libcst as cst
 
-from porter.analyze.evaluate import SEQ_LENGTH, Evaluator, Point, Unevaluable
+from porter.analyze.evaluate import Evaluator, Point, Unevaluable
 from porter.analyze.facts import CallRecord, Facts
 from porter.analyze.values import Tensor, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 
+LONG = 41  # a length at which positions that are cut off or wrap around show
 RUNTIME = ("positions", "kv_caches", "kv_cache", "attn_metadata")
 
 
@@ -133,19 +134,22 @@ def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
             for inner in edit.walk(ids):
                 if isinstance(inner, cst.BaseExpression) and _counts(facts.values(inner)):
                     if isinstance(inner, cst.Name) and inner.value == "positions":
-                        edits.update(_own_positions(function))
+                        if "positions" not in {p.name.value for p in edit.params_of(function)}:
+                            edits.update(_own_positions(facts, function))
                     else:
                         edits[inner] = edit.replace("positions")
                     break
     return edits
 
 
-def _own_positions(function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
-    """Drop what a function computes under the name `positions` itself."""
+def _own_positions(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
+    """Drop what a function counts under the name `positions` itself."""
     return {
         n: edit.remove
         for n in edit.walk(function.body)
-        if isinstance(n, cst.Assign) and [edit.code(t) for t in edit.targets(n)] == ["positions"]
+        if isinstance(n, cst.Assign)
+        and [edit.code(t) for t in edit.targets(n)] == ["positions"]
+        and all(isinstance(v, Tensor) and v.sizes_only for v in facts.values(n.value))
     }
 
 
@@ -172,13 +176,13 @@ def _counts(values: list[Value]) -> bool:
         return False
     for value in values:
         try:
-            array = Evaluator(Point())(value)
+            array = Evaluator(Point(seq=LONG))(value)
         except Unevaluable:
             return False
         rows = array.reshape(-1, array.shape[-1]) if getattr(array, "ndim", 0) else array
-        if getattr(rows, "ndim", 0) != 2 or rows.shape[-1] != SEQ_LENGTH:
+        if getattr(rows, "ndim", 0) != 2 or rows.shape[-1] != LONG:
             return False
-        if not all((row == range(SEQ_LENGTH)).all() for row in rows):
+        if not all((row == range(LONG)).all() for row in rows):
             return False
     return True
 
