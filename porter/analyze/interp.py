@@ -344,7 +344,7 @@ class Interp:
             return [indexing.row(value, node)], True
         if isinstance(value, Scalar) and not value.known:
             return [symbol(f"item of {value.text}")], True
-        raise self.refuse(node, "for", f"it loops over something not understood ({value.op})", "rewrite the loop")
+        raise self._unknown(value, node, "for", "it loops over something not understood")
 
     def assign(self, target: cst.BaseExpression, value: Value) -> None:
         if isinstance(target, cst.Name):
@@ -364,8 +364,9 @@ class Interp:
         names = target.elements
         items = indexing.unpack(value, len(names), target)
         if items is None or len(items) != len(names):
-            found = "unknown" if items is None else len(items)
-            raise self.refuse(target, f"unpack into {len(names)}", f"the value has {found} items", "check the rank")
+            if items is None:
+                raise self._unknown(value, target, f"unpack into {len(names)}", "the value is not understood")
+            raise self.refuse(target, f"unpack into {len(names)}", f"it has {len(items)} items", "check the rank")
         self.record(target, value)
         for element, item in zip(names, items, strict=True):
             self.assign(element.value, item)
@@ -597,7 +598,8 @@ class Interp:
     def _ev_ListComp(self, node: cst.ListComp) -> Value:
         found, repeat = self._comprehension(node)
         if repeat:
-            return Repeated(op="repeat", item=found[0][0])
+            counted = self.world.values[node.for_in.iter][-1]
+            return Repeated(op="repeat", item=found[0][0], args=counted.args if counted.op == "range" else ())
         items = tuple(f[0] for f in found)
         return Sequence(op="tuple", args=items, items=items, mutable=True)
 
@@ -846,6 +848,16 @@ class Interp:
         else:
             library.init_base(self, instance, args, kwargs)
         return instance
+
+    def _unknown(self, value: Value, node: cst.CSTNode, what: str, why: str) -> Refusal:
+        """A refusal that names the first operation not understood, where there is one behind a value."""
+        culprits = [v for v in value.walk() if "why" in v.attrs and v.node is not None]
+        if not culprits:
+            return self.refuse(node, what, f"{why} ({value.op})", "rewrite it in plain torch")
+        cause = culprits[-1]
+        assert cause.node is not None
+        code = " ".join(self.program.tree.code_for_node(cause.node).split())
+        return self.refuse(cause.node, code[:90], f"not understood: {cause.attrs['why']}", "rewrite it in plain torch")
 
     # -- refusing ----------------------------------------------------------------------------------------------------
 

@@ -144,8 +144,7 @@ class _Rewrite(LayerSource):
         statements = [edit.enclosing(self.tree, n, cst.SimpleStatementLine) for n in found.sources]
         if found.core.fused:
             self.names = [self._bound_name(i, ("query", "key", "value")[i]) for i in range(3)]
-            node = found.sources[0]
-            assert isinstance(node, cst.Call)
+            node = self._fused_call()
             split = f"{', '.join(self.names)} = {edit.code(node.func)}.split({edit.code(node)})"
             self._replace(statements[0], [split])
             return
@@ -158,6 +157,19 @@ class _Rewrite(LayerSource):
             ]
             if made:
                 self._replace(statement, made)
+
+    def _fused_call(self) -> cst.Call:
+        """The call of the one projection of q, k and v."""
+        node = self.first.sources[0]
+        if not isinstance(node, cst.Call) or not isinstance(node.func, cst.Attribute):
+            raise Refusal(
+                "",
+                line_of(self.tree, node),
+                edit.code(node),
+                "q, k and v come from one projection that is not called where they are split",
+                "call it in the method that computes attention",
+            )
+        return node
 
     def _replace(self, statement: cst.SimpleStatementLine, codes: list[str]) -> None:
         new = [edit.statement(c) for c in codes if c.split(" = ")[0] != c.split(" = ", 1)[1]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import libcst as cst
 
 from porter.analyze.facts import Facts, line_of
-from porter.analyze.values import Scalar, Sequence, Tensor, Value
+from porter.analyze.flows import ELEMENTWISE
+from porter.analyze.values import Layer, Scalar, Sequence, Tensor, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 from porter.passes.flat_layout import LAYOUT, apart, is_module, layout, receiver, refuse
@@ -40,6 +41,88 @@ DIM_AT = {
     "split_with_sizes": 1,
     "flip": 0,
 }
+# Operations that give each token its own result, whatever the layout.
+TOKENWISE = ELEMENTWISE | frozenset(
+    {
+        "linear",
+        "embedding",
+        "activation",
+        "rms_norm",
+        "paged_attention",
+        "fused_moe",
+        "dropout",
+        "where",
+        "masked_fill",
+        "log",
+        "log2",
+        "sin",
+        "cos",
+        "reciprocal",
+        "sign",
+        "round",
+        "floor",
+        "ceil",
+        "isnan",
+        "isinf",
+        "nan_to_num",
+        "clip",
+        "positive",
+        "long",
+        "int",
+        "bool",
+        "half",
+        "bfloat16",
+        "double",
+        "detach",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "logical_xor",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "floor_divide",
+        "remainder",
+        "atan2",
+        "rsub",
+        "relu6",
+        "hardtanh",
+        "leaky_relu",
+        "elu",
+        "mish",
+        "softsign",
+        "log1p",
+        "expm1",
+        "atan",
+        "tan",
+        "addcmul",
+        "addcdiv",
+        "matmul",
+        "bmm",
+        "einsum",
+        "baddbmm",
+        "setitem",
+        "copy",
+        "one_hot",
+        "lerp",
+        "fmod",
+        "row",
+        "piece",
+        "add_mask",
+        "cpu",
+        "cuda",
+        "fill",
+        "zero",
+        "shard",
+    }
+)
 TOKEN_COUNT = "token_count_of_the_batch"
 _BEFORE = """\
 from torch import nn
@@ -194,7 +277,26 @@ def _operation(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.
         return layout(facts, node, made)
     if made[0].op in ("matmul", "bmm", "einsum", "baddbmm") and not made[0].sizes_only:
         return _product(facts, node, made)
+    if made[0].op not in TOKENWISE and not made[0].sizes_only:
+        _check_known(facts, node, made[0])
     return _dim(facts, node, made, made[0].op)
+
+
+def _check_known(facts: Facts, node: cst.CSTNode, value: Tensor) -> None:
+    """Refuse an operation that may look beyond one token: only those along a named dim are rewritten."""
+    if value.op == "layer_norm" and isinstance(value.args[1], Layer):
+        return
+    if value.op == "layer_norm":
+        sizes = value.args[1].items if isinstance(value.args[1], Sequence) else (value.args[1],)
+        if len(sizes) == 1:
+            return
+        raise refuse(facts, node, "it normalises over more than the features of a token")
+    if value.op == "unknown":
+        raise refuse(facts, node, f"not understood: {value.attrs.get('why', 'its operation')}")
+    if value.op not in DIM_AT:
+        raise refuse(facts, node, f"{value.op} may mix tokens")
+    if isinstance(node, cst.Call) and _dim_argument(node, value.op) is None:
+        raise refuse(facts, node, f"{value.op} without a dim works over all tokens")
 
 
 def _is_device_move(value: Tensor) -> bool:
@@ -218,11 +320,7 @@ def _dim(facts: Facts, node: cst.CSTNode, made: list[Tensor], op: str) -> dict[c
     name = node.func.attr.value if isinstance(node.func, cst.Attribute) else edit.code(node.func)
     if name not in DIM_AT:
         return {}
-    is_function = isinstance(node.func, cst.Attribute) and is_module(node.func.value)
-    place = DIM_AT[name] + (1 if is_function else 0)
-    arg = next((a for a in node.args if a.keyword is not None and a.keyword.value == "dim"), None)
-    if arg is None and place < len(node.args) and all(a.keyword is None for a in node.args[: place + 1]):
-        arg = node.args[place]
+    arg = _dim_argument(node, name)
     source = _tensor_in(made[0])
     if arg is None or source is None or not apart(source.shape):
         return {}
@@ -238,6 +336,17 @@ def _dim(facts: Facts, node: cst.CSTNode, made: list[Tensor], op: str) -> dict[c
     if place_from_end == number:
         return {}
     return {arg.value: edit.replace(str(place_from_end))}
+
+
+def _dim_argument(node: cst.Call, name: str) -> cst.Arg | None:
+    """The argument of a call that says along which dim it works."""
+    is_function = isinstance(node.func, cst.Attribute) and is_module(node.func.value)
+    place = DIM_AT[name] + (1 if is_function else 0)
+    named = [a for a in node.args if a.keyword is not None and a.keyword.value in ("dim", "axis")]
+    if named:
+        return named[0]
+    plain = place < len(node.args) and all(a.keyword is None for a in node.args[: place + 1])
+    return node.args[place] if plain else None
 
 
 def _tensor_in(value: Tensor) -> Tensor | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import libcst as cst
 
 from porter.analyze.evaluate import Evaluator, Point, Unevaluable
-from porter.analyze.facts import CallRecord, Facts
+from porter.analyze.facts import CallRecord, Facts, line_of
 from porter.analyze.values import Tensor, Value
+from porter.errors import Refusal
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 
@@ -235,6 +236,7 @@ class ThreadInputs(Pass):
     EXAMPLES = (Example(_INPUTS_BEFORE, _INPUTS_AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
+        _one_cache_each(facts)
         edits: dict[cst.CSTNode, edit.Edit] = {}
         missing = {f: m for f in facts.called if (m := _missing(facts, f))}
         for function, names in missing.items():
@@ -337,6 +339,35 @@ def _with_index(name: str) -> edit.Edit:
         return updated.with_changes(args=[*args, cst.Arg(cst.Name(name), keyword=cst.Name(INDEX), equal=_EQUAL)])
 
     return change
+
+
+def _one_cache_each(facts: Facts) -> None:
+    """Refuse a layer that attends twice, or that runs twice in one turn of the loop: each needs a cache of its own."""
+    for world in facts.worlds:
+        needing = {
+            c.function.node
+            for c in world.calls
+            if "kv_cache" in edit.names_read(c.function.node.body)
+            or "kv_caches" in edit.names_read(c.function.node.body)
+        }
+        users: dict[cst.CSTNode, set[cst.CSTNode]] = {}
+        for record in world.calls:
+            if record.function.node in needing and isinstance(record.site, cst.Call):
+                caller = edit.enclosing(facts.program.tree, record.site, cst.FunctionDef)
+                users.setdefault(caller, set()).add(record.site)
+        for node, values in world.values.items():
+            if isinstance(node, cst.Call) and any(v.op == "paged_attention" and v.node is node for v in values):
+                users.setdefault(edit.enclosing(facts.program.tree, node, cst.FunctionDef), set()).add(node)
+        for caller, sites in users.items():
+            if len(sites) > 1 and caller is not None:
+                second = max(line_of(facts.program.tree, s) for s in sites)
+                raise Refusal(
+                    "",
+                    second,
+                    "a second attention in one layer",
+                    "each attention needs a cache of its own, and a layer has one",
+                    "give each attention its own layer",
+                )
 
 
 def _missing(facts: Facts, function: cst.FunctionDef) -> list[str]:

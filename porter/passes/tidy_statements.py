@@ -6,6 +6,7 @@ import itertools
 
 import libcst as cst
 
+from porter.analyze import scalars
 from porter.analyze.facts import Facts
 from porter.analyze.values import Layer
 from porter.passes import edit
@@ -115,8 +116,11 @@ def _is_idle(node: cst.Assign) -> bool:
 def _is_all_layers(facts: Facts, node: cst.Subscript) -> bool:
     """`self.layers[: config.num_hidden_layers]`: the list has just as many."""
     values, index = facts.values(node.value), node.slice[0].slice
-    plain = isinstance(index, cst.Slice) and index.lower is None and index.step is None
-    return plain and bool(values) and all(isinstance(v, Layer) and v.kind == "module_list" for v in values)
+    if not isinstance(index, cst.Slice) or index.lower is not None or index.step is not None or index.upper is None:
+        return False
+    uppers = {scalars.text(v) for v in facts.values(index.upper)}
+    counts = {scalars.text(n) for v in values if isinstance(v, Layer) for n in v.params["items"].args}
+    return bool(values) and all(isinstance(v, Layer) and v.kind == "module_list" for v in values) and uppers == counts
 
 
 def _is_bare_enumerate(node: cst.For) -> bool:
