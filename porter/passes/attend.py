@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import libcst as cst
 
-from porter.analyze.attention import _strip
+from porter.analyze.core import layout_chain
 from porter.analyze.facts import Facts, line_of
 from porter.analyze.values import Scalar, Sequence, Tensor, Value, is_none
 from porter.errors import Refusal
@@ -251,8 +251,8 @@ def _between(found: Found) -> set[int]:
         for value in values:
             if (
                 (value.op in ("shape", "part", "size") and value.args and _measures(value, inside))
-                or (isinstance(value, Tensor) and core.output in _strip(value))
-                or (isinstance(value, Tensor) and any(s in _strip(value) for s in sources))
+                or (isinstance(value, Tensor) and core.output in layout_chain(value))
+                or (isinstance(value, Tensor) and any(s in layout_chain(value) for s in sources))
                 or (
                     isinstance(value, Sequence)
                     and value.items

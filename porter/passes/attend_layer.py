@@ -5,7 +5,7 @@ from __future__ import annotations
 import libcst as cst
 
 from porter.analyze import scalars
-from porter.analyze.attention import Core
+from porter.analyze.core import Core
 from porter.analyze.facts import line_of
 from porter.analyze.poly import Poly
 from porter.analyze.values import Instance, Layer, Mask, Scalar, Value

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import libcst as cst
 
-from porter.analyze.attention import Core, NotUnderstood, _strip, _turns, find_cores
+from porter.analyze.attention import find_cores
+from porter.analyze.core import Core, NotUnderstood, layout_chain
 from porter.analyze.facts import Facts, World, line_of
+from porter.analyze.rotation import turns
 from porter.analyze.values import Instance, Tensor
 from porter.errors import Refusal
 from porter.passes import edit
@@ -76,7 +78,7 @@ def _core_line(facts: Facts, world: World) -> int:
 
 def _place(facts: Facts, world: World, core: Core) -> Found:
     """Find, in one function, the expressions that project q, k, v and the one that merges the heads."""
-    chains = [_strip(v) for v in (core.query, core.key, core.value)]
+    chains = [layout_chain(v) for v in (core.query, core.key, core.value)]
     merged = _merged_nodes(world, core)
     functions: dict[cst.FunctionDef, tuple[cst.BaseExpression, bool]] = {}
     for node, merges in merged:
@@ -111,7 +113,7 @@ def _merged_nodes(world: World, core: Core) -> list[tuple[cst.BaseExpression, bo
         if isinstance(node, cst.Name | cst.Tuple) or not isinstance(node, cst.BaseExpression):
             continue
         for value in values:
-            if not isinstance(value, Tensor) or value.shape is None or core.output not in _strip(value):
+            if not isinstance(value, Tensor) or value.shape is None or core.output not in layout_chain(value):
                 continue
             if value.shape[-1] == width and all(s.has_tokens for s in value.shape[:-1]):
                 whole.append((node, True))
@@ -141,12 +143,12 @@ def turns_queries(facts: Facts) -> bool:
     for world in facts.worlds:
         for values in world.values.values():
             for value in values:
-                if value.op == "attention" and _turns(value.attrs["given"]["query"]):
+                if value.op == "attention" and turns(value.attrs["given"]["query"]):
                     return True
-                if value.op in ("matmul", "bmm", "baddbmm", "einsum") and any(_turns(a) for a in value.args):
+                if value.op in ("matmul", "bmm", "baddbmm", "einsum") and any(turns(a) for a in value.args):
                     return True
                 if value.op == "paged_attention":
                     layer = value.attrs["layer"]
-                    if layer.attrs.get("class") == "PagedAttentionWithRoPE" or any(_turns(a) for a in value.args):
+                    if layer.attrs.get("class") == "PagedAttentionWithRoPE" or any(turns(a) for a in value.args):
                         return True
     return False

@@ -3,7 +3,9 @@
 import libcst as cst
 import pytest
 
-from porter.analyze.attention import Core, NotUnderstood, find_cores, standard_slopes
+from porter.analyze.attention import find_cores
+from porter.analyze.bias import standard_slopes
+from porter.analyze.core import Core, NotUnderstood
 from porter.analyze.interp import explore
 from porter.analyze.poly import Poly
 from porter.analyze.program import Program

@@ -1,0 +1,136 @@
+"""Read how heads are laid out in the projections, checked on labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from porter.analyze.core import Core, Inconsistent, NotUnderstood, layout_chain
+from porter.analyze.evaluate import BATCH_SIZE, SEQ_LENGTH, Evaluator, Point, Unevaluable
+from porter.analyze.poly import Poly
+from porter.analyze.values import Tensor
+
+
+def read_heads(core: Core) -> None:
+    """Head count and size from the query's shape as the product sees it."""
+    shape = core.query.shape
+    if shape is None:
+        raise NotUnderstood("the layout of the queries is unknown")
+    core.head_dim = shape[-1]
+    rest = Poly.const(1)
+    for size in shape[:-1]:
+        rest = rest * size
+    core.heads = rest.without_tokens()
+
+
+def read_sources(core: Core, point: Point) -> None:
+    """Follow q, k, v down to what projected them, and check on labels how their heads are laid out."""
+    rotation = core.rotation
+    query = rotation.query if rotation else core.query
+    key = rotation.key if rotation else core.key
+    chains = [layout_chain(query), layout_chain(key), layout_chain(core.value)]
+    sources = [c[-1] for c in chains]
+    core.query, core.key, core.value = query, key, core.value
+    tables = [_labels(c[0], c[-1], point, core) for c in chains]
+    heads, dim = point.size(core.heads or Poly.const(1)), point.size(core.head_dim or Poly.const(1))
+    tables = [t.reshape(-1, int(dim)) for t in tables]
+    if tables[0].shape[0] != heads:
+        raise NotUnderstood("the queries are not laid out as heads")
+    kept = [_ungroup(t, int(heads)) for t in tables]
+    if len({k.shape[0] for k in kept[1:]}) != 1:
+        raise NotUnderstood("keys and values have different numbers of heads")
+    kv = kept[1].shape[0]
+    if sources[0] is sources[1] is sources[2] and sources[0].op == "linear":
+        core.fused = _fused_layout(tables[0], kept[1], kept[2])
+    elif not all((k.ravel() == np.arange(k.size)).all() for k in (tables[0], kept[1], kept[2])):
+        raise NotUnderstood("heads are taken from the projections in an order that is not contiguous")
+
+    core.kv_heads = _kv_size(chains[1], int(kv), core, point)
+
+
+def _labels(value: Tensor, source: Tensor, point: Point, core: Core) -> Any:
+    """Which feature of `source` each [head, dim] of `value` holds, after checking that tokens stay in place."""
+    e = Evaluator(point)
+    shape = e.shape(source)
+    width = int(np.prod(shape)) // (BATCH_SIZE * SEQ_LENGTH)
+    axis = [i for i, s in enumerate(source.shape or ()) if s.has_tokens]
+    labels = _feature_labels(shape, axis, width)
+    e.memo[id(source)] = labels
+    try:
+        found = np.asarray(e(value))
+    except Unevaluable as error:
+        raise Inconsistent(f"the heads go through {error}") from error
+    return _per_token(found, width)
+
+
+def _feature_labels(shape: tuple[int, ...], token_axes: list[int], width: int) -> Any:
+    """token * width + feature for every element, tokens counted over the token axes in their order."""
+    rest = [i for i in range(len(shape)) if i not in token_axes]
+    order = [*token_axes, *rest]
+    flat = np.arange(int(np.prod(shape))).reshape([shape[i] for i in order])
+    return np.transpose(flat, np.argsort(order))
+
+
+def _per_token(found: Any, width: int) -> Any:
+    """The features of token 0, after checking that every token carries the same features in the same order."""
+    tokens = BATCH_SIZE * SEQ_LENGTH
+    per = found.size // tokens
+    rows = np.empty((tokens, per), dtype=int)
+    owner, feature = found // width, found % width
+    flat_owner, flat_feature = owner.ravel(), feature.ravel()
+    for token in range(tokens):
+        picked = flat_feature[flat_owner == token]
+        if picked.size != per:
+            raise NotUnderstood("heads mix tokens")
+        rows[token] = picked
+    if not (rows == rows[0]).all():
+        raise NotUnderstood("heads are laid out differently from token to token")
+    return rows[0]
+
+
+def _ungroup(table: Any, heads: int) -> Any:
+    """Undo repeat_kv: one row for each distinct head, each repeated equally often in a row."""
+    rows = table.reshape(-1, table.shape[-1])
+    distinct = [rows[0]]
+    for row in rows[1:]:
+        if not (row == distinct[-1]).all():
+            distinct.append(row)
+    times = rows.shape[0] // len(distinct)
+    if (
+        not (np.repeat(np.asarray(distinct), times, axis=0) == rows).all()
+        if times * len(distinct) == len(rows)
+        else True
+    ):
+        raise NotUnderstood("key-value heads are shared in an order that is not grouped")
+    return np.asarray(distinct)
+
+
+def _fused_layout(query: Any, key: Any, value: Any) -> str:
+    """How one projection holds q, k and v."""
+    total = np.concatenate([query.ravel(), key.ravel(), value.ravel()])
+    if (total == np.arange(total.size)).all():
+        return "contiguous"
+    groups, dim = key.shape
+    each = query.reshape(groups, -1, dim)
+    per_group = np.concatenate([each, key[:, None], value[:, None]], axis=1)
+    if (per_group.ravel() == np.arange(total.size)).all():
+        return "grouped"
+    raise NotUnderstood("one projection holds q, k and v in an order that is neither contiguous nor grouped by head")
+
+
+def _kv_size(chain: list[Tensor], kv: int, core: Core, point: Point) -> Poly:
+    """The number of key-value heads as a size: the one in the chain that evaluates to what the labels show."""
+    if kv == 1:
+        return Poly.const(1)
+    for value in reversed(chain):
+        for size in value.shape or ():
+            free = size.without_tokens() if size.has_tokens else size
+            if free is not None and free.symbols and point.size(free) == kv and free != core.head_dim:
+                return free
+    last = chain[-1].shape
+    if last is not None and core.head_dim is not None:
+        quotient = last[-1].divide(core.head_dim)
+        if quotient is not None and point.size(quotient) == kv:
+            return quotient
+    raise NotUnderstood("the number of key-value heads is no size of the config")

@@ -1,0 +1,132 @@
+"""Read RoPE from queries and keys, checked on numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from porter.analyze.core import PROJECTED, Core, Rotation, layout_chain
+from porter.analyze.evaluate import SEQ_LENGTH, Evaluator, Point, Unevaluable
+from porter.analyze.values import Scalar, Tensor, Value
+
+
+def read_rotation(core: Core, point: Point) -> Rotation | None:
+    """RoPE on queries and keys, if there is a standard one; another rotation stays in the port."""
+    if not turns(layout_chain(core.query)[-1]) or not turns(layout_chain(core.key)[-1]):
+        return None
+    for query in layout_chain(core.query):
+        for key in layout_chain(core.key):
+            found = _rotation_of(query, key, point)
+            if found is not None:
+                return found
+    return None
+
+
+def _rotation_of(query: Tensor, key: Tensor, point: Point) -> Rotation | None:
+    """The rotation that leads to these two values, if it is a standard one and the same for both."""
+    before_query, before_key = _before_rotation(query, point), _before_rotation(key, point)
+    if before_query is None or before_key is None:
+        return None
+    first = _classify(query, before_query, point)
+    second = _classify(key, before_key, point)
+    if first is None or first != second:
+        return None
+    interleaved, rotary, full = first
+    from_config = _classify(query, before_query, point, theta=500.0) is None
+    fields, sizes = _rope_fields(query, before_query)
+    return Rotation(before_query, before_key, interleaved, rotary, full, from_config, 10000.0, fields, sizes)
+
+
+def turns(value: Value) -> bool:
+    return any(v.op in ("cos", "sin", "polar") for v in value.walk(PROJECTED))
+
+
+def depends_on_positions(value: Value) -> bool:
+    return any(v.op in ("cos", "sin") and isinstance(v, Tensor) and v.sizes_only for v in value.walk(PROJECTED))
+
+
+def _before_rotation(value: Tensor, point: Point) -> Tensor | None:
+    """The nearest value from which sizes and positions alone lead to `value`."""
+    for candidate in value.walk(PROJECTED):
+        if not isinstance(candidate, Tensor) or candidate.sizes_only or candidate.shape is None:
+            continue
+        if depends_on_positions(candidate):
+            continue
+        try:
+            e = Evaluator(point)
+            e.memo[id(candidate)] = np.zeros(e.shape(candidate))
+            e(value)
+        except Unevaluable:
+            continue
+        return candidate
+    return None
+
+
+def _classify(value: Tensor, before: Tensor, point: Point, theta: float = 10000.0) -> tuple[bool, int, bool] | None:
+    """(interleaved, rotated dims, all of them?) if `value` is the standard rotation of `before`, by numbers."""
+    e = Evaluator(
+        Point(point.heads, 10000.0, point.fields) if theta == 10000.0 else Point(point.heads, theta, point.fields)
+    )
+    start = np.random.default_rng(0).standard_normal(e.shape(before))
+    e.memo[id(before)] = start
+    laid = _relay(value, before, start, point)
+    try:
+        turned = np.asarray(e(value))
+    except Unevaluable:
+        return None
+    if laid is None or laid.shape != turned.shape:
+        return None
+    dim = turned.shape[-1]
+    position = _token_axis(turned.shape)
+    if position is None:
+        return None
+    for rotary in range(dim, 0, -2):
+        for interleaved in (False, True):
+            if np.allclose(rotate(laid, rotary, interleaved, position), turned, atol=1e-4):
+                return interleaved, rotary, rotary == dim
+    return None
+
+
+def _token_axis(shape: tuple[int, ...]) -> int | None:
+    found = [i for i, s in enumerate(shape[:-1]) if s == SEQ_LENGTH and i > 0]
+    return found[0] if found else None
+
+
+def _relay(value: Tensor, before: Tensor, start: Any, point: Point) -> Any:
+    """`before` in the layout of `value`: only its own axes moved."""
+    e = Evaluator(point)
+    shape = e.shape(value)
+    if start.shape == shape:
+        return start
+    moved = np.moveaxis(start, 1, 2) if start.ndim == 4 else start
+    if moved.shape == shape:
+        return moved
+    if start.ndim == 3 and len(shape) == 4 and start.shape[1] == shape[2]:
+        return start.reshape(shape[0], shape[2], shape[1], shape[3]).swapaxes(1, 2)
+    if start.size == int(np.prod(shape)):
+        return start.reshape(shape)
+    return None
+
+
+def rotate(x: Any, rotary: int, interleaved: bool, axis: int) -> Any:
+    """The standard rotation of the first `rotary` of the last axis, base 10000, positions along `axis`."""
+    frequencies = 10000.0 ** (-np.arange(0, rotary, 2) / rotary)
+    angles = np.arange(SEQ_LENGTH)[:, None] * frequencies
+    angles = angles.reshape([1] * axis + [SEQ_LENGTH] + [1] * (x.ndim - axis - 2) + [rotary // 2])
+    cos, sin = np.cos(angles), np.sin(angles)
+    head, rest = x[..., :rotary], x[..., rotary:]
+    if interleaved:
+        a, b = head[..., 0::2], head[..., 1::2]
+        out = np.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(head.shape)
+    else:
+        a, b = head[..., : rotary // 2], head[..., rotary // 2 :]
+        out = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return np.concatenate([out, rest], axis=-1)
+
+
+def _rope_fields(value: Tensor, before: Tensor) -> tuple[frozenset[str], tuple[Scalar, ...]]:
+    """The config texts that the rotation reads, and the sizes in it."""
+    seen: set[int] = {id(v) for v in before.walk(PROJECTED)}
+    scalars = [v for v in value.walk(PROJECTED) if isinstance(v, Scalar) and id(v) not in seen and not v.known]
+    return frozenset(s.text for s in scalars if s.op in ("leaf", "config_item", "getattr")), tuple(scalars)
