@@ -104,10 +104,24 @@ def behind(value: Value, through: frozenset[str]) -> list[Tensor]:
     return found
 
 
+def tensors_behind(value: Value, until: frozenset[str]) -> list[Tensor]:
+    """The tensors whose contents `value` is computed from, not beyond operations in `until`; sizes lead nowhere."""
+    found: dict[int, Tensor] = {}
+    todo: list[Value] = [value]
+    while todo:
+        current = todo.pop()
+        if isinstance(current, Sequence) and current.op not in ("shape", "part"):
+            todo.extend(current.items)
+        elif isinstance(current, Tensor) and id(current) not in found:
+            found[id(current)] = current
+            todo.extend(current.args if current.op not in until else ())
+    return list(found.values())
+
+
 def mixes_features(value: Tensor, source: Tensor, width: object) -> bool:
     """Whether something between `source` and `value` looks at more than one head, as a norm over all does."""
-    for inner in value.walk(frozenset({"linear"})):
-        if not isinstance(inner, Tensor) or inner is source:
+    for inner in tensors_behind(value, frozenset({"linear"})):
+        if inner is source:
             continue
         if inner.op in ("mean", "sum", "layer_norm", "rms_norm", "softmax", "norm", "var", "amax", "matmul"):
             seen = inner.args[0]
@@ -131,6 +145,3 @@ def all_uses_are(flows: Flows, value: Tensor, through: frozenset[str], ends: set
                 return False
             todo.append(use)
     return True
-
-
-__all__ = ["ELEMENTWISE", "RESHAPES", "Flows", "all_uses_are", "behind", "layer_of", "mixes_features"]

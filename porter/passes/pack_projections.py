@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.analyze.facts import Facts, World
-from porter.analyze.flows import layer_of, mixes_features
+from porter.analyze.flows import layer_of, mixes_features, tensors_behind
 from porter.analyze.values import Scalar, Tensor, Value
 from porter.passes import edit
 from porter.passes.attend_layer import LINEAR
@@ -109,8 +109,10 @@ def _inputs(value: Tensor) -> list[Tensor]:
 
 def _linear_behind(value: Value) -> Tensor | None:
     """The one linear that a query, key or value comes from."""
-    found = [v for v in value.walk(frozenset({"linear", "embedding", "paged_attention"})) if v.op == "linear"]
-    return found[0] if len(found) == 1 and isinstance(found[0], Tensor) else None
+    found = [
+        v for v in tensors_behind(value, frozenset({"linear", "embedding", "paged_attention"})) if v.op == "linear"
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _trio(facts: Facts, node: cst.Call, function: cst.FunctionDef) -> Trio | None:
