@@ -14,7 +14,7 @@ from typing import Any
 import libcst as cst
 
 from porter import __version__
-from porter.analyze import library
+from porter.analyze import serving
 from porter.analyze.facts import Facts
 from porter.analyze.inline import inline_imports
 from porter.analyze.interp import explore
@@ -238,7 +238,7 @@ def _spec(facts: Facts, rules: Any, work: _Work) -> dict[str, Any]:
         "architecture": facts.entry.name,
         "config_fields": sorted({k for w in facts.worlds for k in w.config_reads}),
         "conditions": sorted({k for w in facts.worlds for k, _ in w.decisions}),
-        "assumes": {k: {"value": v, "reason": library.SERVING[k][1]} for k, v in sorted(assumed.items())},
+        "assumes": {k: {"value": v, "reason": serving.SERVING[k][1]} for k, v in sorted(assumed.items())},
         "weight_rules": asdict(rules),
         "paths": len(facts.worlds),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import libcst as cst
 
-from porter.analyze import indexing, library, ops, ops_layers, scalars, transfer
+from porter.analyze import indexing, library, library_layers, methods, ops, ops_layers, scalars, transfer
 from porter.analyze.facts import CallRecord, Facts, World
 from porter.analyze.program import ClassInfo, FunctionInfo, Program, import_names
 from porter.analyze.values import (
@@ -634,7 +634,7 @@ class Interp:
         if isinstance(base, Tensor):
             return ops.attribute(base, name, node)
         if isinstance(base, Layer):
-            return library.layer_attribute(base, name, node)
+            return library_layers.layer_attribute(base, name, node)
         if isinstance(base, Scalar) and not base.known:
             return symbol(f"{base.text}.{name}")
         return Value(op="attribute", args=(base,), attrs={"name": name})
@@ -739,7 +739,7 @@ class Interp:
             inside = ", ".join([scalars.text(a) for a in args] + [f"{k}={scalars.text(v)}" for k, v in kwargs.items()])
             return symbol(f"{function.text}({inside})")
         if function.op == "attribute":
-            return library.call_method(self, function.args[0], function.attrs["name"], args, kwargs, node)
+            return methods.call_method(self, function.args[0], function.attrs["name"], args, kwargs, node)
         tensors = tuple(a for a in [*args, *kwargs.values()] if isinstance(a, Tensor))
         why = {"why": f"the called object is not understood ({function.attrs.get('why', function.op)})"}
         return Tensor(op="unknown", args=tensors, attrs=why) if tensors else Value(op="unknown", attrs=why)
@@ -846,7 +846,7 @@ class Interp:
         if init is not None:
             self._call_function(Function(info=init, bound=instance), args, kwargs, node)
         else:
-            library.init_base(self, instance, args, kwargs)
+            library_layers.init_base(self, instance, args, kwargs)
         return instance
 
     def _unknown(self, value: Value, node: cst.CSTNode, what: str, why: str) -> Refusal:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import libcst as cst
 
 from porter.analyze import ops, ops_layers, scalars
+from porter.analyze.builtins import builtin
+from porter.analyze.library_layers import ACTIVATIONS, LAYERS, construct, init_base, layer_attribute
 from porter.analyze.poly import Poly
 from porter.analyze.program import ClassInfo
+from porter.analyze.serving import SERVING
 from porter.analyze.values import (
     ONE,
     B,
@@ -19,13 +22,10 @@ from porter.analyze.values import (
     Function,
     Instance,
     Layer,
-    Mapping,
     Mask,
-    Repeated,
     S,
     Scalar,
     Sequence,
-    Super,
     Tensor,
     Value,
     const,
@@ -36,68 +36,7 @@ from porter.analyze.values import (
 if TYPE_CHECKING:
     from porter.analyze.interp import Interp
 
-# Config fields that serving fixes, with the reason; a port is for these values only.
-SERVING: dict[str, tuple[Any, str]] = {
-    "use_cache": (False, "the paged cache replaces the model's own"),
-    "output_attentions": (False, "serving returns no attention maps"),
-    "output_hidden_states": (False, "serving returns no inner states"),
-    "output_router_logits": (False, "router logits serve the training loss"),
-    "return_dict": (True, "the container of the outputs does not change them"),
-    "use_return_dict": (True, "the container of the outputs does not change them"),
-    "_attn_implementation": ("eager", "the eager path is the reference of all attention implementations"),
-    "_flash_attn_2_enabled": (False, "the eager path is the reference of all attention implementations"),
-    "add_cross_attention": (False, "a causal language model has no encoder"),
-    "is_encoder_decoder": (False, "a causal language model has no encoder"),
-    "is_decoder": (True, "a causal language model attends to the past only"),
-    "cross_attention_hidden_size": (None, "a causal language model has no encoder"),
-    "pretraining_tp": (1, "it only splits the same sums into slices"),
-    "slow_but_exact": (False, "it only splits the same sums into slices"),
-    "gradient_checkpointing": (False, "training only"),
-    "torchscript": (False, "tracing only"),
-    "reorder_and_upcast_attn": (False, "the same attention in another order of operations"),
-    "use_bidirectional_attention": (False, "serving is causal"),
-    "chunk_size_feed_forward": (0, "chunking the MLP does not change it"),
-    "dtype": (None, "the engine chooses the dtype"),
-    "torch_dtype": (None, "the engine chooses the dtype"),
-}
-_LAYERS = {
-    "Linear": ("linear", ("in_features", "out_features", "bias", "device", "dtype")),
-    "Conv1D": ("conv1d", ("out_features", "in_features")),
-    "Embedding": ("embedding", ("num_embeddings", "embedding_dim", "padding_idx")),
-    "LayerNorm": ("layer_norm", ("normalized_shape", "eps", "elementwise_affine", "bias")),
-    "RMSNorm": ("rms_norm", ("normalized_shape", "eps", "elementwise_affine")),
-    "Dropout": ("dropout", ("p", "inplace")),
-    "Identity": ("identity", ()),
-    "ModuleList": ("module_list", ("items",)),
-    "Sequential": ("sequential", ("items",)),
-    "ModuleDict": ("module_dict", ("items",)),
-}
-_ACTIVATIONS = {
-    "GELU": "gelu",
-    "SiLU": "silu",
-    "ReLU": "relu",
-    "Tanh": "tanh",
-    "Sigmoid": "sigmoid",
-    "ReLU6": "relu6",
-    "LeakyReLU": "leaky_relu",
-    "Softplus": "softplus",
-}
-# The layers of porter.runtime, so that a port can be analysed as well as its source.
-_RUNTIME = {
-    "ColumnParallelLinear": ("linear", ("in_features", "out_features", "bias")),
-    "RowParallelLinear": ("linear", ("in_features", "out_features", "bias")),
-    "ReplicatedLinear": ("linear", ("in_features", "out_features", "bias")),
-    "ParallelLMHead": ("linear", ("out_features", "in_features", "bias")),
-    "VocabParallelEmbedding": ("embedding", ("num_embeddings", "embedding_dim")),
-    "MergedColumnParallelLinear": ("merged_linear", ("in_features", "out_sizes", "bias")),
-    "QKVParallelLinear": ("qkv_linear", ("in_features", "head_dim", "num_heads", "num_kv_heads", "bias")),
-    "PagedAttention": ("paged_attention", ("num_heads", "head_dim", "scaling")),
-    "PagedAttentionWithRoPE": ("paged_attention", ("num_heads", "head_dim", "scaling")),
-    "PagedAttentionWithALiBi": ("paged_attention", ("num_heads", "head_dim", "scaling")),
-    "FusedMoE": ("fused_moe", ("num_experts", "hidden_size", "intermediate_size", "hidden_act")),
-    "RotaryEmbedding": ("rotary", ("rope_parameters", "head_dim", "max_position")),
-    "Sampler": ("sampler", ()),
-}
+
 _MASKS = {
     "create_causal_mask": "causal",
     "create_sliding_window_causal_mask": "sliding",
@@ -108,9 +47,6 @@ _MASKS = {
     "_prepare_4d_causal_attention_mask_for_sdpa": "causal",
     "_prepare_4d_causal_attention_mask_with_cache_position": "causal",
 }
-
-
-# -- attributes ------------------------------------------------------------------------------------
 
 
 def config_field(run: Interp, base: Config, name: str, node: cst.CSTNode | None) -> Value:
@@ -174,27 +110,6 @@ def sequence_attribute(base: Sequence, name: str) -> Value:
     return Value(op="attribute", args=(base,), attrs={"name": name})
 
 
-def layer_attribute(base: Layer, name: str, node: cst.CSTNode | None) -> Value:
-    if name in base.attrs and isinstance(base.attrs[name], Value):
-        found: Value = base.attrs[name]
-        return found
-    if base.kind == "qkv_linear" and name in ("num_heads", "num_kv_heads"):
-        total = base.params.get(name)
-        total = base.params["num_heads"] if total is None or is_none(total) else total
-        return Scalar(op="leaf", text=f"local.{name}", size=total.size if isinstance(total, Scalar) else None)
-    if name in base.params and name != "bias":
-        return base.params[name]
-    if name == "bias" and _is_false(base.params.get("bias")):
-        return const(None)
-    if name in ("weight", "bias") and base.kind in ("linear", "conv1d", "embedding", "layer_norm", "rms_norm"):
-        return ops_layers.layer_weight(base, name)
-    return Value(op="attribute", args=(base,), attrs={"name": name})
-
-
-def _is_false(value: Value | None) -> bool:
-    return isinstance(value, Scalar) and value.known and value.const is False
-
-
 def inherited_attribute(run: Interp, base: Instance, name: str) -> Value:
     """An attribute that the file does not define: of nn.Module, PreTrainedModel, nn.Embedding ..."""
     if name == "config":
@@ -217,31 +132,6 @@ def external_item(run: Interp, base: External, index: Value) -> Value:
     if short == "ALL_ATTENTION_FUNCTIONS":
         return External(op="external", name="attention_interface")
     return External(op="external", name=f"{base.name}[{scalars.text(index)}]")
-
-
-# -- building --------------------------------------------------------------------------------------
-
-
-def make_layer(name: str, args: list[Value], kwargs: dict[str, Value]) -> Layer | None:
-    """A layer of torch.nn or of the runtime by class name."""
-    kind, names = _LAYERS.get(name) or _RUNTIME.get(name) or ("", ())
-    if not kind:
-        return None
-    params = dict(zip(names, args, strict=False)) | kwargs
-    if kind == "linear" and "bias" not in params:
-        params["bias"] = const(name != "ParallelLMHead")
-    if kind == "sequential":
-        params["items"] = Sequence(op="tuple", args=tuple(args), items=tuple(args))
-    return Layer(op="layer", kind=kind, params=params, attrs={"class": name})
-
-
-def init_base(run: Interp, instance: Instance, args: list[Value], kwargs: dict[str, Value]) -> None:
-    """`super().__init__(...)` of a class that inherits from a library layer keeps that layer's sizes."""
-    assert instance.cls is not None
-    for base in run.program.external_bases(instance.cls):
-        layer = make_layer(base.rsplit(".", 1)[-1], args, kwargs)
-        if layer is not None:
-            instance.attrs["<layer>"] = layer
 
 
 def build_record(run: Interp, info: ClassInfo, args: list[Value], kwargs: dict[str, Value]) -> Value | None:
@@ -268,9 +158,6 @@ def _record(names: list[str], args: list[Value], kwargs: dict[str, Value]) -> Se
     items = dict(zip(names, args, strict=False)) | kwargs
     kept = {k: v for k, v in items.items() if not is_none(v)}
     return Sequence(op="record", args=tuple(kept.values()), items=tuple(kept.values()), names=tuple(kept))
-
-
-# -- calling ---------------------------------------------------------------------------------------
 
 
 def call_layer(
@@ -304,7 +191,7 @@ def call_external(
     if name.startswith("super."):
         return _call_super(run, function, short, args, kwargs, node)
     if name.startswith("builtins."):
-        return _builtin(run, short, args, kwargs, node)
+        return builtin(run, short, args, kwargs, node)
     if name == "attention_interface" or short == "scaled_dot_product_attention":
         return ops_layers.attention(run, short, args, kwargs, node)
     if name == "rope_init":
@@ -324,33 +211,18 @@ def call_external(
             else Value()
         )
     if name.startswith(("torch.nn.", "nn.", "porter.runtime", "transformers.pytorch_utils", "torch.nn")):
-        made = _construct(run, short, args, kwargs)
+        made = construct(run, short, args, kwargs)
         if made is not None:
             return made
-    if short in _ACTIVATIONS and "functional" not in name:
-        return Layer(op="layer", kind="activation", params={"name": const(_ACTIVATIONS[short])})
-    if short in _LAYERS and short[0].isupper():
-        made = _construct(run, short, args, kwargs)
+    if short in ACTIVATIONS and "functional" not in name:
+        return Layer(op="layer", kind="activation", params={"name": const(ACTIVATIONS[short])})
+    if short in LAYERS and short[0].isupper():
+        made = construct(run, short, args, kwargs)
         if made is not None:
             return made
     if short.endswith("Output") or "OutputWith" in short:
         return _record([f"item{i}" for i in range(len(args))], args, kwargs)
     return _helpers(run, name, short, args, kwargs, node)
-
-
-def _construct(run: Interp, short: str, args: list[Value], kwargs: dict[str, Value]) -> Value | None:
-    if short in ("Parameter", "Buffer"):
-        inner = args[0] if args else Value()
-        shape = inner.shape if isinstance(inner, Tensor) else None
-        if short == "Parameter":
-            return Tensor(op="parameter", args=tuple(args[:1]), shape=shape)
-        return inner
-    layer = make_layer(short, args, kwargs)
-    if layer is not None:
-        run.world.created.append(layer)
-    if layer is None and short in _ACTIVATIONS:
-        return Layer(op="layer", kind="activation", params={"name": const(_ACTIVATIONS[short]), **kwargs})
-    return layer
 
 
 def _helpers(
@@ -433,238 +305,3 @@ def _call_super(
     if short in ("forward", "__call__"):
         return call_subclass(run, instance, args, kwargs, node)
     return const(None)
-
-
-def call_method(
-    run: Interp, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
-) -> Value:
-    """A method of a mapping, a list, a layer, a library object, or one that the file does not define."""
-    if isinstance(base, Mapping):
-        return _mapping_method(base, name, args)
-    if isinstance(base, Sequence | Repeated):
-        return _list_method(base, name, args)
-    plain = all(isinstance(a, Scalar) and a.known for a in args)
-    if plain and isinstance(base, Scalar) and isinstance(base.const, str) and hasattr(base.const, name):
-        return const(getattr(base.const, name)(*[a.const for a in args if isinstance(a, Scalar)]))
-    if isinstance(base, Config):
-        return Config(op="config", path=base.path) if name == "get_text_config" else symbol(f"{base.path}.{name}()")
-    if isinstance(base, Layer):
-        return ops_layers.layer_method(run, base, name, args, kwargs, node)
-    if isinstance(base, Instance):
-        if name == "register_buffer" and len(args) > 1 and isinstance(args[0], Scalar):
-            base.attrs[args[0].const] = args[1]
-            return const(None)
-        if name == "register_parameter" and len(args) > 1 and isinstance(args[0], Scalar):
-            base.attrs[args[0].const] = args[1]
-            return const(None)
-        if name == "get_head_mask":
-            return Repeated(op="repeat", item=const(None))
-        if name == "add_module" and isinstance(args[0], Scalar):
-            base.attrs[args[0].const] = args[1]
-    return const(None)
-
-
-def _mapping_method(base: Mapping, name: str, args: list[Value]) -> Value:
-    key = args[0].const if args and isinstance(args[0], Scalar) and args[0].known else None
-    default = args[1] if len(args) > 1 else const(None)
-    if name == "get":
-        return base.items.get(key, default)
-    if name == "pop":
-        return base.items.pop(key, default)
-    if name == "items":
-        pairs = [Sequence(op="tuple", items=(const(k), v), args=(v,)) for k, v in base.items.items()]
-        return Sequence(op="tuple", items=tuple(pairs))
-    if name == "keys":
-        return Sequence(op="tuple", items=tuple(const(k) for k in base.items))
-    if name == "values":
-        return Sequence(op="tuple", items=tuple(base.items.values()))
-    if name == "update" and args and isinstance(args[0], Mapping):
-        base.items.update(args[0].items)
-    return const(None)
-
-
-def _list_method(base: Sequence | Repeated, name: str, args: list[Value]) -> Value:
-    if name == "append" and isinstance(base, Sequence):
-        base.items = (*base.items, args[0])
-    elif name == "numel" and isinstance(base, Sequence):
-        return Scalar(op="numel", text="numel", size=Poly.const(1))
-    return const(None)
-
-
-def _builtin(run: Interp, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    handler = _BUILTINS.get(name)
-    if handler is not None:
-        found: Value = handler(run, args, kwargs, node)
-        return found
-    if name in ("min", "max") and not any(isinstance(a, Tensor) for a in args):
-        return scalars.extreme(name, args)
-    if name in scalars.BUILTIN:
-        if args and isinstance(args[0], Tensor):
-            return ops.method(run, args[0], "item", [], {}, node)
-        return scalars.call(name, scalars.BUILTIN[name], args)
-    return const(None) if name == "print" else Value(op="unknown", args=tuple(args), attrs={"why": name})
-
-
-def _isinstance(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    value, kinds = args[0], args[1]
-    names = [scalars.text(k).rsplit(".", 1)[-1] for k in (kinds.items if isinstance(kinds, Sequence) else [kinds])]
-    if isinstance(kinds, ClassRef) and kinds.info is not None:
-        names = [kinds.info.name]
-    if isinstance(value, Scalar) and value.known:
-        return const(type(value.const).__name__ in names)
-    if isinstance(value, Scalar):
-        return symbol(f"isinstance({value.text}, {scalars.text(kinds)})")
-    if isinstance(value, Instance) and value.cls is not None:
-        return const(any(c.name in names for c in run.program.mro(value.cls)))
-    kind = {
-        Tensor: "Tensor",
-        Sequence: "list" if getattr(value, "mutable", False) else "tuple",
-        Mapping: "dict",
-        Mask: "Tensor",
-    }.get(type(value), "")
-    return const(kind in names or (kind == "Tensor" and any(n.endswith("Tensor") for n in names)))
-
-
-def _getattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    base, name = args[0], args[1]
-    if not isinstance(name, Scalar) or not name.known:
-        return Value(op="unknown", attrs={"why": "getattr with an open name"})
-    if isinstance(base, Config) and name.const not in SERVING:
-        if len(args) > 2:
-            run.world.config_reads.setdefault(f"{name.const}?", node or cst.Name("_"))
-            source = f"getattr({base.path}, {name.const!r}, {scalars.text(args[2])})"
-            return Scalar(op="getattr", args=(args[2],), text=source, size=Poly.symbol(source))
-        return run.attribute(base, name.const, node)
-    absent = isinstance(base, Instance) and name.const not in base.attrs and base.cls is not None
-    if absent and len(args) > 2 and run.program.method(base.cls, name.const) is None:  # type: ignore[attr-defined]
-        return args[2]
-    return run.attribute(base, name.const, node)
-
-
-def _hasattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    base, name = args[0], args[1]
-    if isinstance(base, Instance) and isinstance(name, Scalar) and base.cls is not None:
-        known = name.const in base.attrs or run.program.method(base.cls, name.const) is not None
-        return const(known)
-    if isinstance(base, Sequence) and isinstance(name, Scalar):
-        return const(name.const in base.names)
-    return symbol(f"hasattr({scalars.text(base)}, {scalars.text(name)})")
-
-
-def _len(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    value = args[0]
-    if isinstance(value, Sequence | Mapping):
-        return const(len(value.items))
-    if isinstance(value, Tensor) and value.shape:
-        return Scalar(op="len", args=(value,), text="len", size=value.shape[0])
-    return symbol(f"len({scalars.text(value)})")
-
-
-def _range(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    numbers = [scalars.number(a) for a in args]
-    if all(n is not None for n in numbers):
-        span = range(*[n for n in numbers if n is not None])
-        if len(span) <= 8:
-            return Sequence(op="tuple", items=tuple(const(i) for i in span))
-    return Repeated(op="range", args=tuple(args), item=symbol("layer_idx", op="index"))
-
-
-def _enumerate(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    return _zip(run, [Repeated(op="range", item=symbol("layer_idx", op="index")), *args[:1]], kwargs, node)
-
-
-def _zip(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    fixed = [a for a in args if isinstance(a, Sequence)]
-    if fixed and all(isinstance(a, Sequence) for a in args):
-        return Sequence(
-            op="tuple",
-            items=tuple(
-                Sequence(op="tuple", items=pair, args=pair) for pair in zip(*[a.items for a in fixed], strict=False)
-            ),
-        )
-    if fixed and len(args) == 2 and isinstance(args[0], Repeated) and args[0].op == "range":
-        return Sequence(
-            op="tuple",
-            items=tuple(Sequence(op="tuple", items=(const(i), v), args=(v,)) for i, v in enumerate(fixed[0].items)),
-        )
-    lists = [a.params["items"] if isinstance(a, Layer) and "items" in a.params else a for a in args]
-    items = tuple(run.iterate(a, node or cst.Name("_"))[0][0] for a in lists)
-    return Repeated(op="zip", item=Sequence(op="tuple", items=items, args=items))
-
-
-def _super(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    receiver = run.self_stack[-1]
-    owner = run.env["<owner>"].attrs["owner"] if "<owner>" in run.env else None
-    return Super(op="super", instance=receiver if isinstance(receiver, Instance) else None, after=owner)
-
-
-def _tuple(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    value = args[0] if args else Sequence(op="tuple")
-    if isinstance(value, Sequence):
-        return Sequence(op="tuple", args=value.args, items=value.items, prefix=value.prefix)
-    return value
-
-
-def _list(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    value = _tuple(run, args, kwargs, node)
-    if isinstance(value, Sequence):
-        value.mutable = True
-    return value
-
-
-def _quantifier(every: bool) -> Any:
-    def run_it(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-        if isinstance(args[0], Sequence):
-            truths = [scalars.known_truth(v) for v in args[0].items]
-            if None not in truths:
-                return const(all(truths) if every else any(truths))
-        return symbol(f"{'all' if every else 'any'}({scalars.text(args[0])})")
-
-    return run_it
-
-
-def _dict(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    return Mapping(op="dict", items=dict(kwargs))
-
-
-def _slice(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    ends = ([const(None), *args] if len(args) == 1 else args) + [const(None)] * (3 - max(len(args), 2))
-    return Sequence(op="slice", args=tuple(ends), items=tuple(ends))
-
-
-def _type(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    return symbol(f"type({scalars.text(args[0])})")
-
-
-def _sum(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    if isinstance(args[0], Sequence) and args[0].items:
-        total = args[0].items[0]
-        for item in args[0].items[1:]:
-            total = run.binary("Add", total, item, node or cst.Name("_"))
-        return total
-    return symbol(f"sum({scalars.text(args[0])})")
-
-
-_BUILTINS: dict[str, Any] = {
-    "isinstance": _isinstance,
-    "getattr": _getattr,
-    "hasattr": _hasattr,
-    "len": _len,
-    "range": _range,
-    "enumerate": _enumerate,
-    "zip": _zip,
-    "super": _super,
-    "tuple": _tuple,
-    "list": _list,
-    "set": _tuple,
-    "dict": _dict,
-    "slice": _slice,
-    "type": _type,
-    "sum": _sum,
-    "all": _quantifier(True),
-    "any": _quantifier(False),
-    "reversed": _tuple,
-    "sorted": _tuple,
-}
-
-__all__ = ["SERVING", "Function", "call_external", "call_layer", "config_field", "make_layer"]

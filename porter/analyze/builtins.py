@@ -1,0 +1,207 @@
+"""Python's builtin functions on symbolic values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import libcst as cst
+
+from porter.analyze import ops, scalars
+from porter.analyze.poly import Poly
+from porter.analyze.serving import SERVING
+from porter.analyze.values import (
+    ClassRef,
+    Config,
+    Instance,
+    Layer,
+    Mapping,
+    Mask,
+    Repeated,
+    Scalar,
+    Sequence,
+    Super,
+    Tensor,
+    Value,
+    const,
+    symbol,
+)
+
+if TYPE_CHECKING:
+    from porter.analyze.interp import Interp
+
+
+def builtin(run: Interp, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    handler = _BUILTINS.get(name)
+    if handler is not None:
+        found: Value = handler(run, args, kwargs, node)
+        return found
+    if name in ("min", "max") and not any(isinstance(a, Tensor) for a in args):
+        return scalars.extreme(name, args)
+    if name in scalars.BUILTIN:
+        if args and isinstance(args[0], Tensor):
+            return ops.method(run, args[0], "item", [], {}, node)
+        return scalars.call(name, scalars.BUILTIN[name], args)
+    return const(None) if name == "print" else Value(op="unknown", args=tuple(args), attrs={"why": name})
+
+
+def _isinstance(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    value, kinds = args[0], args[1]
+    names = [scalars.text(k).rsplit(".", 1)[-1] for k in (kinds.items if isinstance(kinds, Sequence) else [kinds])]
+    if isinstance(kinds, ClassRef) and kinds.info is not None:
+        names = [kinds.info.name]
+    if isinstance(value, Scalar) and value.known:
+        return const(type(value.const).__name__ in names)
+    if isinstance(value, Scalar):
+        return symbol(f"isinstance({value.text}, {scalars.text(kinds)})")
+    if isinstance(value, Instance) and value.cls is not None:
+        return const(any(c.name in names for c in run.program.mro(value.cls)))
+    kind = {
+        Tensor: "Tensor",
+        Sequence: "list" if getattr(value, "mutable", False) else "tuple",
+        Mapping: "dict",
+        Mask: "Tensor",
+    }.get(type(value), "")
+    return const(kind in names or (kind == "Tensor" and any(n.endswith("Tensor") for n in names)))
+
+
+def _getattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    base, name = args[0], args[1]
+    if not isinstance(name, Scalar) or not name.known:
+        return Value(op="unknown", attrs={"why": "getattr with an open name"})
+    if isinstance(base, Config) and name.const not in SERVING:
+        if len(args) > 2:
+            run.world.config_reads.setdefault(f"{name.const}?", node or cst.Name("_"))
+            source = f"getattr({base.path}, {name.const!r}, {scalars.text(args[2])})"
+            return Scalar(op="getattr", args=(args[2],), text=source, size=Poly.symbol(source))
+        return run.attribute(base, name.const, node)
+    absent = isinstance(base, Instance) and name.const not in base.attrs and base.cls is not None
+    if absent and len(args) > 2 and run.program.method(base.cls, name.const) is None:  # type: ignore[attr-defined]
+        return args[2]
+    return run.attribute(base, name.const, node)
+
+
+def _hasattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    base, name = args[0], args[1]
+    if isinstance(base, Instance) and isinstance(name, Scalar) and base.cls is not None:
+        known = name.const in base.attrs or run.program.method(base.cls, name.const) is not None
+        return const(known)
+    if isinstance(base, Sequence) and isinstance(name, Scalar):
+        return const(name.const in base.names)
+    return symbol(f"hasattr({scalars.text(base)}, {scalars.text(name)})")
+
+
+def _len(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    value = args[0]
+    if isinstance(value, Sequence | Mapping):
+        return const(len(value.items))
+    if isinstance(value, Tensor) and value.shape:
+        return Scalar(op="len", args=(value,), text="len", size=value.shape[0])
+    return symbol(f"len({scalars.text(value)})")
+
+
+def _range(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    numbers = [scalars.number(a) for a in args]
+    if all(n is not None for n in numbers):
+        span = range(*[n for n in numbers if n is not None])
+        if len(span) <= 8:
+            return Sequence(op="tuple", items=tuple(const(i) for i in span))
+    return Repeated(op="range", args=tuple(args), item=symbol("layer_idx", op="index"))
+
+
+def _enumerate(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    return _zip(run, [Repeated(op="range", item=symbol("layer_idx", op="index")), *args[:1]], kwargs, node)
+
+
+def _zip(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    fixed = [a for a in args if isinstance(a, Sequence)]
+    if fixed and all(isinstance(a, Sequence) for a in args):
+        return Sequence(
+            op="tuple",
+            items=tuple(
+                Sequence(op="tuple", items=pair, args=pair) for pair in zip(*[a.items for a in fixed], strict=False)
+            ),
+        )
+    if fixed and len(args) == 2 and isinstance(args[0], Repeated) and args[0].op == "range":
+        return Sequence(
+            op="tuple",
+            items=tuple(Sequence(op="tuple", items=(const(i), v), args=(v,)) for i, v in enumerate(fixed[0].items)),
+        )
+    lists = [a.params["items"] if isinstance(a, Layer) and "items" in a.params else a for a in args]
+    items = tuple(run.iterate(a, node or cst.Name("_"))[0][0] for a in lists)
+    return Repeated(op="zip", item=Sequence(op="tuple", items=items, args=items))
+
+
+def _super(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    receiver = run.self_stack[-1]
+    owner = run.env["<owner>"].attrs["owner"] if "<owner>" in run.env else None
+    return Super(op="super", instance=receiver if isinstance(receiver, Instance) else None, after=owner)
+
+
+def _tuple(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    value = args[0] if args else Sequence(op="tuple")
+    if isinstance(value, Sequence):
+        return Sequence(op="tuple", args=value.args, items=value.items, prefix=value.prefix)
+    return value
+
+
+def _list(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    value = _tuple(run, args, kwargs, node)
+    if isinstance(value, Sequence):
+        value.mutable = True
+    return value
+
+
+def _quantifier(every: bool) -> Any:
+    def run_it(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+        if isinstance(args[0], Sequence):
+            truths = [scalars.known_truth(v) for v in args[0].items]
+            if None not in truths:
+                return const(all(truths) if every else any(truths))
+        return symbol(f"{'all' if every else 'any'}({scalars.text(args[0])})")
+
+    return run_it
+
+
+def _dict(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    return Mapping(op="dict", items=dict(kwargs))
+
+
+def _slice(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    ends = ([const(None), *args] if len(args) == 1 else args) + [const(None)] * (3 - max(len(args), 2))
+    return Sequence(op="slice", args=tuple(ends), items=tuple(ends))
+
+
+def _type(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    return symbol(f"type({scalars.text(args[0])})")
+
+
+def _sum(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    if isinstance(args[0], Sequence) and args[0].items:
+        total = args[0].items[0]
+        for item in args[0].items[1:]:
+            total = run.binary("Add", total, item, node or cst.Name("_"))
+        return total
+    return symbol(f"sum({scalars.text(args[0])})")
+
+
+_BUILTINS: dict[str, Any] = {
+    "isinstance": _isinstance,
+    "getattr": _getattr,
+    "hasattr": _hasattr,
+    "len": _len,
+    "range": _range,
+    "enumerate": _enumerate,
+    "zip": _zip,
+    "super": _super,
+    "tuple": _tuple,
+    "list": _list,
+    "set": _tuple,
+    "dict": _dict,
+    "slice": _slice,
+    "type": _type,
+    "sum": _sum,
+    "all": _quantifier(True),
+    "any": _quantifier(False),
+    "reversed": _tuple,
+    "sorted": _tuple,
+}

@@ -1,0 +1,30 @@
+"""Config fields that serving fixes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Config fields that serving fixes, with the reason; a port is for these values only.
+SERVING: dict[str, tuple[Any, str]] = {
+    "use_cache": (False, "the paged cache replaces the model's own"),
+    "output_attentions": (False, "serving returns no attention maps"),
+    "output_hidden_states": (False, "serving returns no inner states"),
+    "output_router_logits": (False, "router logits serve the training loss"),
+    "return_dict": (True, "the container of the outputs does not change them"),
+    "use_return_dict": (True, "the container of the outputs does not change them"),
+    "_attn_implementation": ("eager", "the eager path is the reference of all attention implementations"),
+    "_flash_attn_2_enabled": (False, "the eager path is the reference of all attention implementations"),
+    "add_cross_attention": (False, "a causal language model has no encoder"),
+    "is_encoder_decoder": (False, "a causal language model has no encoder"),
+    "is_decoder": (True, "a causal language model attends to the past only"),
+    "cross_attention_hidden_size": (None, "a causal language model has no encoder"),
+    "pretraining_tp": (1, "it only splits the same sums into slices"),
+    "slow_but_exact": (False, "it only splits the same sums into slices"),
+    "gradient_checkpointing": (False, "training only"),
+    "torchscript": (False, "tracing only"),
+    "reorder_and_upcast_attn": (False, "the same attention in another order of operations"),
+    "use_bidirectional_attention": (False, "serving is causal"),
+    "chunk_size_feed_forward": (0, "chunking the MLP does not change it"),
+    "dtype": (None, "the engine chooses the dtype"),
+    "torch_dtype": (None, "the engine chooses the dtype"),
+}
