@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import libcst as cst
 
 from porter.analyze import ops, scalars
 from porter.analyze.poly import Poly
+from porter.analyze.run import Run
 from porter.analyze.serving import SERVING
 from porter.analyze.values import (
     ClassRef,
@@ -26,11 +27,8 @@ from porter.analyze.values import (
     symbol,
 )
 
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
 
-
-def builtin(run: Interp, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def builtin(run: Run, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     handler = _BUILTINS.get(name)
     if handler is not None:
         found: Value = handler(run, args, kwargs, node)
@@ -44,7 +42,7 @@ def builtin(run: Interp, name: str, args: list[Value], kwargs: dict[str, Value],
     return const(None) if name == "print" else Value(op="unknown", args=tuple(args), attrs={"why": name})
 
 
-def _isinstance(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _isinstance(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     value, kinds = args[0], args[1]
     names = [scalars.text(k).rsplit(".", 1)[-1] for k in (kinds.items if isinstance(kinds, Sequence) else [kinds])]
     if isinstance(kinds, ClassRef) and kinds.info is not None:
@@ -64,7 +62,7 @@ def _isinstance(run: Interp, args: list[Value], kwargs: dict[str, Value], node: 
     return const(kind in names or (kind == "Tensor" and any(n.endswith("Tensor") for n in names)))
 
 
-def _getattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _getattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     base, name = args[0], args[1]
     if not isinstance(name, Scalar) or not name.known:
         return Value(op="unknown", attrs={"why": "getattr with an open name"})
@@ -80,7 +78,7 @@ def _getattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst
     return run.attribute(base, name.const, node)
 
 
-def _hasattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _hasattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     base, name = args[0], args[1]
     if isinstance(base, Instance) and isinstance(name, Scalar) and base.cls is not None:
         known = name.const in base.attrs or run.program.method(base.cls, name.const) is not None
@@ -90,7 +88,7 @@ def _hasattr(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst
     return symbol(f"hasattr({scalars.text(base)}, {scalars.text(name)})")
 
 
-def _len(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _len(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     value = args[0]
     if isinstance(value, Sequence | Mapping):
         return const(len(value.items))
@@ -99,7 +97,7 @@ def _len(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CST
     return symbol(f"len({scalars.text(value)})")
 
 
-def _range(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _range(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     numbers = [scalars.number(a) for a in args]
     if all(n is not None for n in numbers):
         span = range(*[n for n in numbers if n is not None])
@@ -108,11 +106,11 @@ def _range(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.C
     return Repeated(op="range", args=tuple(args), item=symbol("layer_idx", op="index"))
 
 
-def _enumerate(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _enumerate(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     return _zip(run, [Repeated(op="range", item=symbol("layer_idx", op="index")), *args[:1]], kwargs, node)
 
 
-def _zip(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _zip(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     fixed = [a for a in args if isinstance(a, Sequence)]
     if fixed and all(isinstance(a, Sequence) for a in args):
         return Sequence(
@@ -131,20 +129,20 @@ def _zip(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CST
     return Repeated(op="zip", item=Sequence(op="tuple", items=items, args=items))
 
 
-def _super(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _super(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     receiver = run.self_stack[-1]
     owner = run.env["<owner>"].attrs["owner"] if "<owner>" in run.env else None
     return Super(op="super", instance=receiver if isinstance(receiver, Instance) else None, after=owner)
 
 
-def _tuple(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _tuple(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     value = args[0] if args else Sequence(op="tuple")
     if isinstance(value, Sequence):
         return Sequence(op="tuple", args=value.args, items=value.items, prefix=value.prefix)
     return value
 
 
-def _list(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _list(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     value = _tuple(run, args, kwargs, node)
     if isinstance(value, Sequence):
         value.mutable = True
@@ -152,7 +150,7 @@ def _list(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CS
 
 
 def _quantifier(every: bool) -> Any:
-    def run_it(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    def run_it(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
         if isinstance(args[0], Sequence):
             truths = [scalars.known_truth(v) for v in args[0].items]
             if None not in truths:
@@ -162,20 +160,20 @@ def _quantifier(every: bool) -> Any:
     return run_it
 
 
-def _dict(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _dict(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     return Mapping(op="dict", items=dict(kwargs))
 
 
-def _slice(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _slice(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     ends = ([const(None), *args] if len(args) == 1 else args) + [const(None)] * (3 - max(len(args), 2))
     return Sequence(op="slice", args=tuple(ends), items=tuple(ends))
 
 
-def _type(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _type(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     return symbol(f"type({scalars.text(args[0])})")
 
 
-def _sum(run: Interp, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def _sum(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     if isinstance(args[0], Sequence) and args[0].items:
         total = args[0].items[0]
         for item in args[0].items[1:]:

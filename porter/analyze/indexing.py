@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import libcst as cst
 
 from porter.analyze import scalars
 from porter.analyze.poly import Poly
+from porter.analyze.run import Run
 from porter.analyze.transfer import broadcast, build
 from porter.analyze.values import (
     ONE,
@@ -28,9 +27,6 @@ from porter.analyze.values import (
     symbol,
 )
 
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
-
 
 def unpack(value: Value, count: int, node: cst.CSTNode) -> list[Value] | None:
     if isinstance(value, Sequence):
@@ -50,7 +46,7 @@ def row(value: Tensor, node: cst.CSTNode) -> Tensor:
     return build("row", (value,), value.shape[1:] if value.shape else None, node)
 
 
-def item(run: Interp | None, base: Value, index: Value, node: cst.CSTNode) -> Value:
+def item(run: Run | None, base: Value, index: Value, node: cst.CSTNode) -> Value:
     """`base[index]` for any value."""
     if isinstance(base, Sequence):
         return sequence_item(base, index)

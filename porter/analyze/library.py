@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import libcst as cst
 
@@ -12,6 +11,7 @@ from porter.analyze.builtins import builtin
 from porter.analyze.library_layers import ACTIVATIONS, LAYERS, construct, init_base, layer_attribute
 from porter.analyze.poly import Poly
 from porter.analyze.program import ClassInfo
+from porter.analyze.run import Run
 from porter.analyze.serving import SERVING
 from porter.analyze.values import (
     ONE,
@@ -33,10 +33,6 @@ from porter.analyze.values import (
     symbol,
 )
 
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
-
-
 _MASKS = {
     "create_causal_mask": "causal",
     "create_sliding_window_causal_mask": "sliding",
@@ -49,7 +45,7 @@ _MASKS = {
 }
 
 
-def config_field(run: Interp, base: Config, name: str, node: cst.CSTNode | None) -> Value:
+def config_field(run: Run, base: Config, name: str, node: cst.CSTNode | None) -> Value:
     """A field of the config: fixed by serving, or open under its source text."""
     name = run.program.config_aliases.get(name, name)
     path = f"{base.path}.{name}"
@@ -68,7 +64,7 @@ def config_field(run: Interp, base: Config, name: str, node: cst.CSTNode | None)
     return symbol(path)
 
 
-def _config_property(run: Interp, base: Config, name: str) -> Value | None:
+def _config_property(run: Run, base: Config, name: str) -> Value | None:
     """A property of the config class, read from its own file: `rotary` is `not self.alibi`."""
     info = run.program.config_class
     method = info.methods.get(name) if info is not None else None
@@ -110,7 +106,7 @@ def sequence_attribute(base: Sequence, name: str) -> Value:
     return Value(op="attribute", args=(base,), attrs={"name": name})
 
 
-def inherited_attribute(run: Interp, base: Instance, name: str) -> Value:
+def inherited_attribute(run: Run, base: Instance, name: str) -> Value:
     """An attribute that the file does not define: of nn.Module, PreTrainedModel, nn.Embedding ..."""
     if name == "config":
         return Config(op="config")
@@ -122,7 +118,7 @@ def inherited_attribute(run: Interp, base: Instance, name: str) -> Value:
     return Value(op="attribute", args=(base,), attrs={"name": name})
 
 
-def external_item(run: Interp, base: External, index: Value) -> Value:
+def external_item(run: Run, base: External, index: Value) -> Value:
     """`ACT2FN[...]`, `ALL_ATTENTION_FUNCTIONS[...]`, type subscripts."""
     short = base.name.rsplit(".", 1)[-1]
     if short in ("ACT2FN", "ACT2CLS"):
@@ -134,7 +130,7 @@ def external_item(run: Interp, base: External, index: Value) -> Value:
     return External(op="external", name=f"{base.name}[{scalars.text(index)}]")
 
 
-def build_record(run: Interp, info: ClassInfo, args: list[Value], kwargs: dict[str, Value]) -> Value | None:
+def build_record(run: Run, info: ClassInfo, args: list[Value], kwargs: dict[str, Value]) -> Value | None:
     """Instances of output dataclasses become named sequences; autograd functions are called by `.apply`."""
     bases = [b.rsplit(".", 1)[-1] for b in run.program.external_bases(info)]
     if any(b.endswith("Output") or "OutputWith" in b for b in bases):
@@ -160,9 +156,7 @@ def _record(names: list[str], args: list[Value], kwargs: dict[str, Value]) -> Se
     return Sequence(op="record", args=tuple(kept.values()), items=tuple(kept.values()), names=tuple(kept))
 
 
-def call_layer(
-    run: Interp, layer: Layer, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
-) -> Value:
+def call_layer(run: Run, layer: Layer, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     if layer.kind == "sequential":
         value = args[0]
         items = layer.params["items"]
@@ -173,7 +167,7 @@ def call_layer(
 
 
 def call_subclass(
-    run: Interp, target: Instance, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, target: Instance, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     """A class without forward of its own: an nn.Linear or nn.Embedding subclass."""
     shell = target.attrs.get("<layer>")
@@ -184,7 +178,7 @@ def call_subclass(
 
 
 def call_external(
-    run: Interp, function: External, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, function: External, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     name = function.name
     short = name.rsplit(".", 1)[-1]
@@ -226,7 +220,7 @@ def call_external(
 
 
 def _helpers(
-    run: Interp, name: str, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, name: str, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     if short == "apply_chunking_to_forward":
         return run.call(args[0], args[3:], {}, node)
@@ -293,7 +287,7 @@ def _mask(short: str, args: list[Value], kwargs: dict[str, Value]) -> Mask:
 
 
 def _call_super(
-    run: Interp, function: External, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, function: External, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     """A method of a base outside the file."""
     instance = function.args[0] if function.args else None

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import libcst as cst
 
 from porter.analyze import ops_layers
+from porter.analyze.run import Run
 from porter.analyze.values import Instance, Layer, Scalar, Sequence, Tensor, Value, const, is_none
-
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
-
 
 LAYERS = {
     "Linear": ("linear", ("in_features", "out_features", "bias", "device", "dtype")),
@@ -89,7 +84,7 @@ def make_layer(name: str, args: list[Value], kwargs: dict[str, Value]) -> Layer 
     return Layer(op="layer", kind=kind, params=params, attrs={"class": name})
 
 
-def init_base(run: Interp, instance: Instance, args: list[Value], kwargs: dict[str, Value]) -> None:
+def init_base(run: Run, instance: Instance, args: list[Value], kwargs: dict[str, Value]) -> None:
     """`super().__init__(...)` of a class that inherits from a library layer keeps that layer's sizes."""
     assert instance.cls is not None
     for base in run.program.external_bases(instance.cls):
@@ -98,7 +93,7 @@ def init_base(run: Interp, instance: Instance, args: list[Value], kwargs: dict[s
             instance.attrs["<layer>"] = layer
 
 
-def construct(run: Interp, short: str, args: list[Value], kwargs: dict[str, Value]) -> Value | None:
+def construct(run: Run, short: str, args: list[Value], kwargs: dict[str, Value]) -> Value | None:
     if short in ("Parameter", "Buffer"):
         inner = args[0] if args else Value()
         shape = inner.shape if isinstance(inner, Tensor) else None

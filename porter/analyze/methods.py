@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import libcst as cst
 
 from porter.analyze import ops_layers
 from porter.analyze.poly import Poly
+from porter.analyze.run import Run
 from porter.analyze.values import Config, Instance, Layer, Mapping, Repeated, Scalar, Sequence, Value, const, symbol
-
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
 
 
 def call_method(
-    run: Interp, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     """A method of a mapping, a list, a layer, a library object, or one that the file does not define."""
     if isinstance(base, Mapping):

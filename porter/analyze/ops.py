@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import libcst as cst
 
 from porter.analyze import ops_compute, ops_create, ops_layout, scalars  # noqa: F401  (registers their rules)
+from porter.analyze.run import Run
 from porter.analyze.transfer import RULES, Call, build, shape_value
 from porter.analyze.values import Mask, Scalar, Tensor, Value, const
 
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
 
-
-def apply(
-    run: Interp | None, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
-) -> Value:
+def apply(run: Run | None, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     """Run the transfer function of an operation; an unknown one gives a tensor without layout."""
     base = name.rstrip("_") if name not in ("__getitem__",) and not name.startswith("_") else name
     base = _ALIASES.get(base, base)
@@ -34,13 +28,13 @@ def apply(
 
 
 def method(
-    run: Interp, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, base: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     return apply(run, name, [base, *args], kwargs, node)
 
 
 def torch_call(
-    run: Interp, full: str, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, full: str, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     """A function of torch, torch.nn.functional or numpy."""
     if short in ("no_grad", "autocast", "inference_mode", "device", "Size", "dtype", "set_grad_enabled"):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import libcst as cst
 
 from porter.analyze.poly import Poly
+from porter.analyze.run import Run
 from porter.analyze.transfer import build, shape_of
 from porter.analyze.values import ONE, Layer, Repeated, Scalar, Sequence, Shape, Tensor, Value, const, is_none
-
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
 
 
 def layer_weight(base: Layer, name: str) -> Tensor:
@@ -39,7 +35,7 @@ def as_linear(result: Value, source: Value, shell: Layer) -> Value:
     return result
 
 
-def layer(run: Interp, target: Layer, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def layer(run: Run, target: Layer, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     """Call a library layer."""
     values = [*args, *kwargs.values()]
     source = values[0] if values else Value()
@@ -63,7 +59,7 @@ def layer(run: Interp, target: Layer, args: list[Value], kwargs: dict[str, Value
 
 
 def _runtime_layer(
-    run: Interp,
+    run: Run,
     target: Layer,
     args: list[Value],
     kwargs: dict[str, Value],
@@ -116,7 +112,7 @@ def packed_sizes(target: Layer) -> list[Poly]:
 
 
 def layer_method(
-    run: Interp, base: Layer, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    run: Run, base: Layer, name: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
 ) -> Value:
     if name == "split" and base.kind in ("qkv_linear", "merged_linear"):
         source = args[0]
@@ -132,7 +128,7 @@ def layer_method(
     return const(None)
 
 
-def attention(run: Interp, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+def attention(run: Run, short: str, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     """The attention interface `(module, q, k, v, mask, **options)` or scaled_dot_product_attention(q, k, v, ...)."""
     names = ("query", "key", "value", "attention_mask")
     if short == "scaled_dot_product_attention":

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import libcst as cst
 
 from porter.analyze import scalars
+from porter.analyze.run import Run
 from porter.analyze.values import ONE, SYMBOLIC, Scalar, Sequence, Shape, Tensor, Value, const
-
-if TYPE_CHECKING:
-    from porter.analyze.interp import Interp
 
 
 @dataclass
 class Call:
     """One operation: positional values (receiver first), keywords, and the node for refusals."""
 
-    run: Interp | None
+    run: Run | None
     name: str
     args: list[Value]
     kwargs: dict[str, Value]

@@ -7,7 +7,7 @@ from typing import Any
 import libcst as cst
 
 from porter.analyze.facts import Facts
-from porter.analyze.interp import always_raises
+from porter.analyze.statements import always_raises
 from porter.analyze.values import ClassRef, Scalar
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged

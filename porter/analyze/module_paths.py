@@ -1,0 +1,34 @@
+"""Dotted paths of modules, as in the state dict."""
+
+from __future__ import annotations
+
+from porter.analyze.values import Instance, Layer, Repeated, Sequence, Tensor, Value
+
+
+def name_modules(root: Instance, path: str = "") -> None:
+    """Give every module its dotted path, as in the state dict; `{i}` stands for a layer's number."""
+    root.path = path
+    for name, value in root.attrs.items():
+        _name_module(value, f"{path}.{name}" if path else name)
+
+
+def _name_module(value: Value, path: str) -> None:
+    if isinstance(value, Instance):
+        name_modules(value, path)
+    elif isinstance(value, Layer):
+        value.path = path
+        if value.kind == "module_list":
+            _name_items(value.params.get("items"), path)
+        for name, inner in value.attrs.items():
+            if isinstance(inner, Layer | Instance):
+                _name_module(inner, f"{path}.{name}")
+    elif isinstance(value, Tensor) and value.op == "parameter":
+        value.attrs["path"] = path
+
+
+def _name_items(items: Value | None, path: str) -> None:
+    if isinstance(items, Repeated):
+        _name_module(items.item, f"{path}.{{i}}")
+    elif isinstance(items, Sequence):
+        for i, item in enumerate(items.items):
+            _name_module(item, f"{path}.{i}")
