@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from porter.analyze.bias import read_addend
 from porter.analyze.core import Core, Inconsistent, NotUnderstood
-from porter.analyze.evaluate import Point, Unevaluable
 from porter.analyze.facts import World
 from porter.analyze.heads import read_heads, read_sources
+from porter.analyze.point import Point, Unevaluable
 from porter.analyze.rotation import read_rotation
 from porter.analyze.scores import from_interface, from_product, softmax_of
 from porter.analyze.values import Tensor

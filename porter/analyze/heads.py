@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from porter.analyze.core import Core, Inconsistent, NotUnderstood, layout_chain
-from porter.analyze.evaluate import BATCH_SIZE, SEQ_LENGTH, Evaluator, Point, Unevaluable
+from porter.analyze.evaluate import Evaluator
+from porter.analyze.point import BATCH_SIZE, SEQ_LENGTH, Point, Unevaluable
 from porter.analyze.poly import Poly
 from porter.analyze.values import Tensor
 

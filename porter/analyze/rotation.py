@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from porter.analyze.core import PROJECTED, Core, Rotation, layout_chain
-from porter.analyze.evaluate import SEQ_LENGTH, Evaluator, Point, Unevaluable
+from porter.analyze.evaluate import Evaluator
+from porter.analyze.point import SEQ_LENGTH, Point, Unevaluable
 from porter.analyze.values import Scalar, Tensor, Value
 
 

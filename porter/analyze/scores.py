@@ -6,7 +6,8 @@ import numpy as np
 
 from porter.analyze import scalars
 from porter.analyze.core import CASTS, Core, NotUnderstood, tensor_of
-from porter.analyze.evaluate import NEGATIVE, Evaluator, Point, Unevaluable
+from porter.analyze.evaluate import NEGATIVE, Evaluator
+from porter.analyze.point import Point, Unevaluable
 from porter.analyze.values import Mask, Scalar, Tensor, Value, const, is_none
 
 IGNORED = frozenset(

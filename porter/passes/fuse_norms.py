@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import libcst as cst
 import numpy as np
 
-from porter.analyze.evaluate import Evaluator, Point, Unevaluable
+from porter.analyze.evaluate import Evaluator
 from porter.analyze.facts import CallRecord, Facts
+from porter.analyze.point import Point, Unevaluable
 from porter.analyze.poly import Poly
 from porter.analyze.values import Instance, Scalar, Tensor, Value
 from porter.passes import edit

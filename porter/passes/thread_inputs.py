@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import libcst as cst
 
-from porter.analyze.evaluate import Evaluator, Point, Unevaluable
+from porter.analyze.evaluate import Evaluator
 from porter.analyze.facts import CallRecord, Facts, line_of
+from porter.analyze.point import Point, Unevaluable
 from porter.analyze.values import Tensor, Value
 from porter.errors import Refusal
 from porter.passes import edit
