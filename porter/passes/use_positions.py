@@ -1,0 +1,184 @@
+"""Take positions from the engine in place of what the file counts or is given as position_ids."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.analyze.evaluate import Evaluator
+from porter.analyze.facts import Facts
+from porter.analyze.point import Point, Unevaluable
+from porter.analyze.values import Tensor, Value
+from porter.passes import edit
+from porter.passes.base import Example, Pass, Stage, Unchanged
+
+LONG = 41  # a length at which positions that are cut off or wrap around show
+
+_BEFORE = """\
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, input_ids, position_ids=None):
+        return self.embed(input_ids) + self.embed_positions(position_ids)
+"""
+_AFTER = _BEFORE.replace(
+    """\
+    def forward(self, input_ids, position_ids=None):
+        return self.embed(input_ids) + self.embed_positions(position_ids)
+""",
+    """\
+    def forward(self, input_ids, positions=None):
+        return self.embed(input_ids) + self.embed_positions(positions)
+""",
+)
+_BEFORE_2 = """\
+import torch
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, input_ids):
+        places = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        return self.embed(input_ids) + self.embed_positions(places + 2)
+"""
+_AFTER_2 = _BEFORE_2.replace(
+    "return self.embed(input_ids) + self.embed_positions(places + 2)",
+    "return self.embed(input_ids) + self.embed_positions(positions + 2)",
+)
+_UNCHANGED = _BEFORE.replace(
+    "self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)",
+    "self.embed_types = nn.Embedding(config.vocab_size, config.hidden_size)",
+).replace(
+    """\
+    def forward(self, input_ids, position_ids=None):
+        return self.embed(input_ids) + self.embed_positions(position_ids)
+""",
+    """\
+    def forward(self, input_ids, positions):
+        return self.embed(input_ids) + self.embed_types(input_ids)
+""",
+)
+
+
+class UsePositions(Pass):
+    """Positions come from the engine, one for each token; nothing counts them from shapes or masks."""
+
+    stage = Stage.ATTEND
+    reason = "the engine gives each token's position"
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_BEFORE_2, _AFTER_2))
+    UNCHANGED = (Unchanged(_UNCHANGED, "these ids are no positions"),)
+
+    def apply(self, facts: Facts) -> cst.Module:
+        edits = _renames(facts)
+        if not edits:
+            edits = _computed(facts)
+        return edit.rewrite(facts.program.tree, edits)
+
+
+def _renames(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
+    """Call the argument that holds the positions `positions` wherever it goes."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for function in facts.called:
+        for param in edit.params_of(function):
+            name = param.name.value
+            bound = [r.bound[name] for r in facts.calls_of(function) if name in r.bound]
+            if name == "positions" or not bound or not all(v.op == "positions" for v in bound):
+                continue
+            if any(p.name.value == "positions" for p in edit.params_of(function)) or name not in ("position_ids",):
+                continue
+            edits.update(_rename(facts, function, name))
+    return edits
+
+
+def _rename(facts: Facts, function: cst.FunctionDef, name: str) -> dict[cst.CSTNode, edit.Edit]:
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for node in edit.walk(function):
+        if isinstance(node, cst.Name) and node.value == name and not _is_keyword(facts, node):
+            edits[node] = edit.replace("positions")
+    for record in facts.calls_of(function):
+        if isinstance(record.site, cst.Call):
+            for arg in record.site.args:
+                if arg.keyword is not None and arg.keyword.value == name:
+                    edits[arg.keyword] = edit.replace("positions")
+    return edits
+
+
+def _is_keyword(facts: Facts, node: cst.Name) -> bool:
+    above = edit.parent(facts.program.tree, node)
+    return (isinstance(above, cst.Arg) and above.keyword is node) or (
+        isinstance(above, cst.Attribute) and above.attr is node
+    )
+
+
+def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
+    """Replace position ids that the file counts itself, where an embedding or a table is looked up with them."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for function in facts.called:
+        for node in edit.walk(function.body):
+            ids = _looked_up(facts, node)
+            if ids is None:
+                continue
+            for inner in edit.walk(ids):
+                if isinstance(inner, cst.BaseExpression) and _counts(facts.values(inner)):
+                    if isinstance(inner, cst.Name) and inner.value == "positions":
+                        if "positions" not in {p.name.value for p in edit.params_of(function)}:
+                            edits.update(_own_positions(facts, function))
+                    else:
+                        edits[inner] = edit.replace("positions")
+                    break
+    return edits
+
+
+def _own_positions(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
+    """Drop what a function counts under the name `positions` itself."""
+    return {
+        n: edit.remove
+        for n in edit.walk(function.body)
+        if isinstance(n, cst.Assign)
+        and [edit.code(t) for t in edit.targets(n)] == ["positions"]
+        and all(isinstance(v, Tensor) and v.sizes_only for v in facts.values(n.value))
+    }
+
+
+def _looked_up(facts: Facts, node: cst.CSTNode) -> cst.BaseExpression | None:
+    """The ids of an embedding call or of an index into a table."""
+    values = [v for v in facts.values(node) if isinstance(v, Tensor)]
+    if isinstance(node, cst.Call) and node.args and any(v.op == "embedding" for v in values):
+        made = [v for v in values if v.op == "embedding"]
+        arg = node.args[0].value
+        if all(any(v is m.args[0] for v in facts.values(arg)) for m in made):
+            return arg
+    if isinstance(node, cst.Subscript) and any(v.op == "getitem" for v in values):
+        index = node.slice[0].slice
+        if isinstance(index, cst.Index) and any(
+            isinstance(v, Tensor) and v.sizes_only for v in facts.values(index.value)
+        ):
+            return index.value
+    return None
+
+
+def _counts(values: list[Value]) -> bool:
+    """Whether values are 0, 1, 2 ... along the sequence, whatever the batch."""
+    if not values or not all(isinstance(v, Tensor) and v.sizes_only and v.shape for v in values):
+        return False
+    for value in values:
+        try:
+            array = Evaluator(Point(seq=LONG))(value)
+        except Unevaluable:
+            return False
+        rows = array.reshape(-1, array.shape[-1]) if getattr(array, "ndim", 0) else array
+        if getattr(rows, "ndim", 0) != 2 or rows.shape[-1] != LONG:
+            return False
+        if not all((row == range(LONG)).all() for row in rows):
+            return False
+    return True
