@@ -181,7 +181,8 @@ class _Work:
                 continue
             blank = next((k for k, line in enumerate(before[a:b]) if line.strip()), 0)
             at = self.lines[min(a + blank, len(self.lines) - 1)]
-            lines += [at] * (d - c)
+            kept = {line.strip(): self.lines[a + k] for k, line in reversed(list(enumerate(before[a:b])))}
+            lines += [kept.get(line.strip(), at) for line in after[c:d]]
             old, new = "\n".join(before[a:b]).strip(), "\n".join(after[c:d]).strip()
             if old != new:
                 self.edits.append(Edit(each.stage.name, each.name, at, old, new, each.reason))
