@@ -10,6 +10,7 @@ from porter.analyze.interp import explore
 from porter.analyze.poly import Poly
 from porter.analyze.program import Program
 from porter.analyze.scalars import text
+from porter.analyze.values import Value
 
 HEADS, KV_HEADS = Poly.symbol("config.num_heads"), Poly.symbol("config.num_kv_heads")
 
