@@ -48,6 +48,7 @@ class Pass(ABC):
     stage: ClassVar[Stage]
     reason: ClassVar[str]
     first: ClassVar[bool] = False  # whether it goes before the others of its stage, to leave them less
+    last: ClassVar[bool] = False  # whether it goes after the others of its stage, to see what they left
     flat: ClassVar[bool] = False  # whether it works on flat tokens, after FLATTEN
     EXAMPLES: ClassVar[tuple[Example, ...]] = ()
     UNCHANGED: ClassVar[tuple[Unchanged, ...]] = ()
@@ -77,4 +78,4 @@ def discover() -> list[Pass]:
             for v in vars(module).values()
             if isinstance(v, type) and issubclass(v, Pass) and v is not Pass and v.__module__ == module.__name__
         ]
-    return sorted(found, key=lambda p: (p.stage, not p.first, p.name))
+    return sorted(found, key=lambda p: (p.stage, not p.first, p.last, p.name))

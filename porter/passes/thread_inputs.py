@@ -61,6 +61,7 @@ class ThreadInputs(Pass):
     """What the attention layers need travels as plain arguments, named alike everywhere."""
 
     stage = Stage.ATTEND
+    last = True  # positions have their name by then
     reason = "the attention layers need positions, their cache and the batch's metadata"
     EXAMPLES = (Example(_BEFORE, _AFTER),)
 
