@@ -24,6 +24,7 @@ from porter.emit import emit, target_settings
 from porter.errors import ConversionError, Refusal, SourceError
 from porter.passes.attend_place import read_attention, turns_queries
 from porter.passes.base import Pass, Stage, discover
+from porter.passes.edit import params_of
 from porter.source import Source
 
 ROUNDS = 24
@@ -95,6 +96,7 @@ def _convert(source: Source, target: str) -> Conversion:
         facts = work.facts()
         if work.turns and not turns_queries(facts):
             raise Refusal("", 0, "rotation of queries and keys", "it did not survive the rewriting", "report this file")
+        _check_entry(facts)
         rules = derive(source, work.original, facts, work.notes)
         code = emit(source, facts, rules, target)
     except Refusal as refusal:
@@ -103,6 +105,16 @@ def _convert(source: Source, target: str) -> Conversion:
         raise ConversionError(f"{source.name} nests too deeply to follow", "simplify the file") from error
     spec = _spec(facts, rules, work)
     return Conversion(_module_name(source), code, _manifest(source, facts, target, code, spec, work), spec)
+
+
+def _check_entry(facts: Facts) -> None:
+    """The engine calls every port alike."""
+    forward = facts.program.method(facts.entry, "forward")
+    names = [p.name.value for p in params_of(forward.node)] if forward is not None else []
+    if names != ["self", "input_ids", "positions", "kv_caches", "attn_metadata"]:
+        raise Refusal(
+            "", 0, f"forward({', '.join(names[1:])})", "it needs an input that the engine does not have", "remove it"
+        )
 
 
 class _Work:
