@@ -23,7 +23,7 @@ def read_addend(core: Core, addend: Tensor, factors: list[tuple[str, Value]], po
         array = np.asarray(Evaluator(point)(addend), dtype=float)
     except Unevaluable as error:
         raise NotUnderstood(f"what is added to the scores can't be evaluated ({error})") from error
-    masked = array < -1e4
+    masked = array <= -1e4
     causal = False
     if masked.any():
         causal = _read_mask_array(core, masked)

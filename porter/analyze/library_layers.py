@@ -15,6 +15,7 @@ LAYERS = {
     "LayerNorm": ("layer_norm", ("normalized_shape", "eps", "elementwise_affine", "bias")),
     "RMSNorm": ("rms_norm", ("normalized_shape", "eps", "elementwise_affine")),
     "Dropout": ("dropout", ("p", "inplace")),
+    "Softmax": ("softmax", ("dim",)),
     "Identity": ("identity", ()),
     "ModuleList": ("module_list", ("items",)),
     "Sequential": ("sequential", ("items",)),

@@ -43,6 +43,8 @@ def layer(run: Run, target: Layer, args: list[Value], kwargs: dict[str, Value], 
     if kind in ("dropout", "identity"):
         return source
     shape = shape_of(source)
+    if kind == "softmax":
+        return build("softmax", (source, target.params.get("dim", const(-1))), shape, node)
     if kind in ("linear", "conv1d"):
         out = target.params.get("out_features")
         size = out.size if isinstance(out, Scalar) and out.size is not None else Poly.symbol("<out>")

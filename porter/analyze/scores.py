@@ -190,7 +190,7 @@ def _before_softcap(core: Core) -> None:
 def _is_low(value: Value) -> bool:
     """Whether a fill is so low that softmax gives nothing."""
     try:
-        return bool(np.all(np.asarray(Evaluator(Point())(value), dtype=float) < -1e4))
+        return bool(np.all(np.asarray(Evaluator(Point())(value), dtype=float) <= -1e4))
     except (Unevaluable, TypeError, ValueError):
         return False
 
