@@ -30,7 +30,6 @@ class World:
     decisions: tuple[tuple[str, bool], ...] = ()
     values: dict[cst.CSTNode, list[Value]] = field(default_factory=lambda: defaultdict(list))
     branches: dict[cst.CSTNode, set[bool]] = field(default_factory=lambda: defaultdict(set))
-    statements: dict[cst.CSTNode, list[dict[str, Value]]] = field(default_factory=lambda: defaultdict(list))
     calls: list[CallRecord] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
@@ -59,9 +58,6 @@ class Facts:
 
     def branches(self, node: cst.CSTNode) -> set[bool]:
         return {b for world in self.worlds for b in world.branches.get(node, ())}
-
-    def ran(self, node: cst.CSTNode) -> bool:
-        return any(node in world.statements for world in self.worlds)
 
     def calls_of(self, function: cst.FunctionDef) -> list[CallRecord]:
         return [c for world in self.worlds for c in world.calls if c.function.node is function]

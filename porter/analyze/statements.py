@@ -43,12 +43,8 @@ class Statements(Expressions):
     def block(self, body: cst.BaseSuite) -> None:
         for statement in body.body:
             if isinstance(statement, cst.SimpleStatementLine):
-                self.world.statements[statement].append(dict(self.env))
                 for small in statement.body:
                     self.statement(small)
-            elif isinstance(statement, cst.BaseCompoundStatement):
-                self.world.statements[statement].append(dict(self.env))
-                self.statement(statement)
             else:
                 self.statement(statement)
 
@@ -129,7 +125,6 @@ class Statements(Expressions):
         if self.test(node.test):
             self.block(node.body)
         elif isinstance(node.orelse, cst.If):
-            self.world.statements[node.orelse].append(dict(self.env))
             self._do_If(node.orelse)
         elif node.orelse is not None:
             self.block(node.orelse.body)
