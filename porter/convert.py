@@ -122,8 +122,9 @@ class _Work:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.tree = _parse(inline_imports(_parse(source.text, source.name), source.path).code, source.name)
-        self.own = frozenset(Program.read(_parse(source.text, source.name)).classes)
+        own = _parse(source.text, source.name)
+        self.tree = _parse(inline_imports(own, source.path).code, source.name)
+        self.own = frozenset(Program.read(own).classes)
         self.config = _parse(source.config_text, "its configuration") if source.config_text else None
         self.original = Program.read(self.tree, self.config)
         self.code = self.tree.code

@@ -17,7 +17,7 @@ DEPTH = 6
 def inline_imports(tree: cst.Module, path: Path) -> cst.Module:
     """The file with the definitions that it borrows from other modeling files, each with what it needs in turn.
 
-    A fork that inherits from transformers' Llama becomes self-contained this way. Files are looked up beside `path`
+    A fork that inherits from a model of transformers becomes self-contained this way. Files are looked up beside `path`
     and in the installed transformers; nothing is imported. What can't be found stays an import.
     """
     for _ in range(DEPTH):
