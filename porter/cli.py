@@ -194,8 +194,12 @@ def chat(
 
 
 @app.command()
-def explain(name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="A pass's name.")] = None) -> None:
-    """What a pass does, with examples; without a name, all passes."""
+def explain(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PASS|CODE]", help="A pass's name, or a refusal's code.")
+    ] = None,
+) -> None:
+    """What a pass does, with examples, or what a refusal's code means; without a name, all of them."""
     from porter import commands
 
     commands.explain(name)

@@ -205,14 +205,21 @@ def chat(model: str, options: Sampling) -> None:
 def explain(name: str | None) -> None:
     """`porter explain`."""
     from porter.passes.base import discover
+    from porter.refusals import KINDS
+
+    if name and name.upper() in KINDS:
+        kind = KINDS[name.upper()]
+        console.result(f"{kind.code}: {kind.title}\n\n{kind.why}\n\nWhat to do: {kind.remedy}.")
+        return
 
     passes = {_pass_name(each): each for each in discover()}
     wanted = name.replace("_", "-") if name else None
     if wanted is None:
         rows = [(each.stage.name, known, _purpose(each).splitlines()[0]) for known, each in passes.items()]
         console.table("", ("stage", "pass", "what it does"), rows)
+        console.table("", ("code", "refusal"), [(kind.code, kind.title) for kind in KINDS.values()])
     elif wanted not in passes:
-        raise UsageError(f"there is no pass {name}", "see `porter explain`")
+        raise UsageError(f"there is no pass or refusal code {name}", "see `porter explain`")
     else:
         _print_pass(wanted, passes[wanted])
 

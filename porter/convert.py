@@ -21,7 +21,7 @@ from porter.analyze.interp import explore
 from porter.analyze.program import Program
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
-from porter.errors import ConversionError, Refusal, SourceError
+from porter.errors import Refusal, SourceError
 from porter.passes.attend_place import read_attention, turns_queries
 from porter.passes.base import Pass, Stage, discover
 from porter.passes.edit import params_of
@@ -95,14 +95,16 @@ def _convert(source: Source, target: str) -> Conversion:
             work.run_stage(stage)
         facts = work.facts()
         if work.turns and not turns_queries(facts):
-            raise Refusal("", 0, "rotation of queries and keys", "it did not survive the rewriting", "report this file")
+            raise Refusal(
+                "", 0, "rotation of queries and keys", "it did not survive the rewriting", "report this file", "P900"
+            )
         _check_entry(facts)
         rules = derive(source, work.original, facts, work.notes)
         code = emit(source, facts, rules, target)
     except Refusal as refusal:
         raise work.located(refusal) from refusal
     except RecursionError as error:
-        raise ConversionError(f"{source.name} nests too deeply to follow", "simplify the file") from error
+        raise Refusal(source.name, 1, "the file", "it nests too deeply to follow", "simplify it") from error
     spec = _spec(facts, rules, work)
     return Conversion(_module_name(source), code, _manifest(source, facts, target, code, spec, work), spec)
 
@@ -113,7 +115,12 @@ def _check_entry(facts: Facts) -> None:
     names = [p.name.value for p in params_of(forward.node)] if forward is not None else []
     if names != ["self", "input_ids", "positions", "kv_caches", "attn_metadata"]:
         raise Refusal(
-            "", 0, f"forward({', '.join(names[1:])})", "it needs an input that the engine does not have", "remove it"
+            "",
+            0,
+            f"forward({', '.join(names[1:])})",
+            "it needs an input that the engine does not have",
+            "remove it",
+            "P400",
         )
 
 
@@ -173,7 +180,7 @@ class _Work:
             idle = 0 if changed else idle + 1
             if idle >= len(passes):
                 return
-        raise ConversionError(f"{self.source.name}: the rewriting does not come to an end", "report this file")
+        raise Refusal("", 0, "the file", "the rewriting does not come to an end", "report this file", "P900")
 
     def _apply(self, each: Pass) -> bool:
         result = each.apply(self.facts())
@@ -204,8 +211,7 @@ class _Work:
     def located(self, refusal: Refusal) -> Refusal:
         """A refusal with the source's name and line."""
         line = self.lines[min(refusal.line, len(self.lines)) - 1] if refusal.line else 1
-        remedy = refusal.remedy
-        return Refusal(self.source.name, line, refusal.what, refusal.why, remedy)
+        return Refusal(self.source.name, line, refusal.what, refusal.why, refusal.remedy, refusal.code)
 
 
 def _source_lines(before: str, after: str) -> list[int]:

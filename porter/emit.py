@@ -180,6 +180,7 @@ def _allow(module: str, name: str, settings: dict[str, Any]) -> None:
             f"{module}.{name}",
             "the port would still need it, and the runtime has nothing for it",
             "replace it in the source by plain torch",
+            "P400",
         )
 
 
@@ -241,6 +242,7 @@ def _check_names(text: str) -> None:
             "the rewritten file",
             f"it is no valid Python ({error.msg})",
             "report this as a bug of porter",
+            "P900",
         ) from error
     top = {s.get_name() for s in table.get_symbols()}
     for name in sorted(_undefined(table, top)):
@@ -251,6 +253,7 @@ def _check_names(text: str) -> None:
             "the rewritten file reads it but nothing defines it any more: it depends on the "
             "batch's shape or on what serving does not have",
             "rewrite that part of the source",
+            "P400",
         )
 
 

@@ -44,12 +44,14 @@ class ConversionError(PorterError):
 class Refusal(ConversionError):
     """A construct that porter doesn't understand; nothing is guessed.
 
-    `file` and `line` (1-based) say where, `what` is the construct, `why` the reason it matters.
+    `file` and `line` (1-based) say where, `what` is the construct, `why` the reason it matters; `code` is its
+    kind, which `porter explain` tells more about (`porter/refusals.py`).
     """
 
-    def __init__(self, file: str | Path, line: int, what: str, why: str, remedy: str) -> None:
-        super().__init__(f"{file}:{line}: {what}: {why}", remedy)
-        self.args = (str(file), line, what, why, remedy)  # so that it survives pickling between processes
+    def __init__(self, file: str | Path, line: int, what: str, why: str, remedy: str, code: str = "P100") -> None:
+        super().__init__(f"{file}:{line}: {code} {what}: {why}", remedy)
+        self.args = (str(file), line, what, why, remedy, code)  # so that it survives pickling between processes
+        self.code = code
         self.file = str(file)
         self.line = line
         self.what = what

@@ -28,7 +28,9 @@ class Conditions(Run):
                 self.trail.append((key, implied))
                 self.taken[key] = implied
             return implied is wanted
-        raise self.refuse(node, "a condition on a tensor", "its truth depends on data", "rewrite it without the branch")
+        raise self.refuse(
+            node, "a condition on a tensor", "its truth depends on data", "rewrite it without the branch", "P101"
+        )
 
     def test(self, node: cst.BaseExpression) -> bool:
         """The truth of a test, short-circuited like Python, deciding one condition at a time."""

@@ -38,6 +38,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
             "no causal language model class",
             "no *ForCausalLM or *LMHeadModel class with a forward",
             "name a decoder's modeling file",
+            "P110",
         )
     worlds: list[World] = []
     todo: list[tuple[tuple[str, bool], ...]] = [()]
@@ -58,7 +59,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     if failure is not None:
         raise failure
     if not worlds:
-        raise Refusal("", 0, entry.name, "every path through its forward raises", "check the file")
+        raise Refusal("", 0, entry.name, "every path through its forward raises", "check the file", "P110")
     return Facts(program, entry, worlds, complete=not todo)
 
 
@@ -71,7 +72,7 @@ class Interp(Statements):
         self.world.entry = model if isinstance(model, Instance) else None
         forward = self.program.method(entry, "forward")
         if forward is None:
-            raise Refusal("", 0, entry.name, "it has no forward", "name a decoder's modeling file")
+            raise Refusal("", 0, entry.name, "it has no forward", "name a decoder's modeling file", "P110")
         bound = self._entry_arguments(forward)
         assert isinstance(model, Instance)
         name_modules(model)

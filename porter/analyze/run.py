@@ -57,9 +57,9 @@ class Run(ABC):
         code = " ".join(self.program.tree.code_for_node(cause.node).split())
         return self.refuse(cause.node, code[:90], f"not understood: {cause.attrs['why']}", "rewrite it in plain torch")
 
-    def refuse(self, node: cst.CSTNode | None, what: str, why: str, remedy: str) -> Refusal:
+    def refuse(self, node: cst.CSTNode | None, what: str, why: str, remedy: str, code: str = "P100") -> Refusal:
         line = line_of(self.program.tree, node) if node is not None else 0
-        return Refusal("", line, what, why, remedy)
+        return Refusal("", line, what, why, remedy, code)
 
     @abstractmethod
     def eval(self, node: cst.BaseExpression) -> Value: ...

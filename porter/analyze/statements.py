@@ -159,7 +159,9 @@ class Statements(Expressions):
                     continue
 
     def _do_While(self, node: cst.While) -> None:
-        raise self.refuse(node, "while", "the number of turns depends on data", "rewrite it as a for loop over layers")
+        raise self.refuse(
+            node, "while", "the number of turns depends on data", "rewrite it as a for loop over layers", "P101"
+        )
 
     def iterate(self, value: Value, node: cst.CSTNode) -> tuple[list[Value], bool]:
         """The items to run a loop body with, and whether they stand for an unknown number of turns."""

@@ -122,6 +122,7 @@ def _require_attention(facts: Facts) -> None:
         facts.entry.name,
         "no attention was found on the way from the tokens to the logits",
         "porter ports attention decoders; another kind of mixer needs its own cache",
+        "P201",
     )
 
 
@@ -168,6 +169,7 @@ class _Rewrite(LayerSource):
                 edit.code(node),
                 "q, k and v come from one projection that is not called where they are split",
                 "call it in the method that computes attention",
+                "P202",
             )
         return node
 
@@ -233,6 +235,7 @@ class _Rewrite(LayerSource):
                 "attention",
                 "it is rotated on some paths only",
                 "a config condition inside one attention call is not supported",
+                "P202",
             )
         first = ["positions"] if rotated == {True} else []
         arguments = ", ".join([*first, *self.names, "kv_cache", "attn_metadata"])

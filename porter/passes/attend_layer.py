@@ -52,7 +52,12 @@ class LayerSource(TraitSource):
         init = self.facts.program.method(self.first.owner.cls, "__init__") if self.first.owner.cls else None
         if init is None or init.owner is None:
             raise Refusal(
-                "", line_of(self.tree, self.group.function), "attention", "its class has no __init__", "give it one"
+                "",
+                line_of(self.tree, self.group.function),
+                "attention",
+                "its class has no __init__",
+                "give it one",
+                "P202",
             )
         self.init = init.node
         lines = self._layer_lines()
@@ -79,6 +84,7 @@ class LayerSource(TraitSource):
                 "attention",
                 "the config chooses between more than two kinds of attention",
                 "split the class",
+                "P202",
             )
         return f"if {condition}:\n    self.attn = {made[first]}\nelse:\n    self.attn = {made[other]}\n"
 
@@ -175,6 +181,7 @@ class LayerSource(TraitSource):
             "partial rotation",
             "how many dims it turns is no attribute of the attention",
             "keep it as self.rotary_dim",
+            "P202",
         )
 
     def _alibi(self, found: list[Found], heads: str) -> list[str]:
@@ -206,6 +213,7 @@ class LayerSource(TraitSource):
                 name,
                 "the config chooses between layouts of one projection",
                 "port the layouts as two classes",
+                "P202",
             )
         self.facts.notes.setdefault("fused", {})[name] = layouts.pop()
         self.imports.setdefault(LINEAR, set()).add("QKVParallelLinear")

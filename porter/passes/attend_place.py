@@ -54,6 +54,7 @@ def read_attention(facts: Facts) -> dict[int, list[Core]]:
                 "attention",
                 str(error),
                 "see porter explain attend for what is understood",
+                "P200",
             ) from error
     return found
 
@@ -100,6 +101,7 @@ def _place(facts: Facts, world: World, core: Core) -> Found:
         "attention",
         "its projections and its merged heads are not in one method",
         "bring them into one forward",
+        "P202",
     )
 
 

@@ -48,6 +48,7 @@ class TraitSource:
                 "attention",
                 f"its traits differ in a way that no config field tells: {sorted({t for _, t in cases})}",
                 "port the layer kinds as two classes",
+                "P202",
             ) from None
 
     def _size(self, found: Found, size: Poly | None, known: set[str] | None = None) -> str:
@@ -72,6 +73,7 @@ class TraitSource:
                 "attention",
                 f"its __init__ has no config for {text}",
                 "pass the config to the class",
+                "P202",
             )
         if "layer_idx" in text and "layer_idx" not in params:
             index = next((n for n, v in found.owner.attrs.items() if isinstance(v, Scalar) and v.op == "index"), None)

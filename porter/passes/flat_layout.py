@@ -208,4 +208,5 @@ def refuse(facts: Facts, node: cst.CSTNode, why: str) -> Refusal:
         code if len(code) < 90 else code[:87] + "...",
         why,
         "rewrite it for one token at a time, or port this module by hand",
+        "P300",
     )

@@ -65,6 +65,7 @@ class SplitLogits(Pass):
                 facts.entry.name,
                 "its forward does not end in a head over the vocabulary",
                 "port ForCausalLM classes only",
+                "P111",
             )
         line = edit.enclosing(tree, head, cst.SimpleStatementLine)
         body = list(forward.node.body.body)
@@ -75,6 +76,7 @@ class SplitLogits(Pass):
                 edit.code(head),
                 "the head is applied under a condition",
                 "apply it unconditionally",
+                "P111",
             )
         place = body.index(line)
         source = head.args[0].value

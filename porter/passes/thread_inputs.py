@@ -105,6 +105,7 @@ def _one_cache_each(facts: Facts) -> None:
                     "a second attention in one layer",
                     "each attention needs a cache of its own, and a layer has one",
                     "give each attention its own layer",
+                    "P202",
                 )
 
 
