@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 import libcst as cst
 
-from porter.analyze import library, library_layers, methods, ops, ops_layers, scalars
+from porter.analyze import indexing, library, library_layers, methods, ops, ops_layers, scalars
 from porter.analyze.facts import CallRecord
 from porter.analyze.lookups import Lookups
 from porter.analyze.program import ClassInfo, FunctionInfo
@@ -49,11 +49,21 @@ class Calls(Lookups):
         if isinstance(function, Scalar) and not function.known:
             inside = ", ".join([scalars.text(a) for a in args] + [f"{k}={scalars.text(v)}" for k, v in kwargs.items()])
             return symbol(f"{function.text}({inside})")
+        if function.op == "select" and all(isinstance(f, Function) for f in function.args[1:]):
+            return self._call_selected(function, args, kwargs, node)
         if function.op == "attribute":
             return methods.call_method(self, function.args[0], function.attrs["name"], args, kwargs, node)
         tensors = tuple(a for a in [*args, *kwargs.values()] if isinstance(a, Tensor))
         why = {"why": f"the called object is not understood ({function.attrs.get('why', function.op)})"}
         return Tensor(op="unknown", args=tensors, attrs=why) if tensors else Value(op="unknown", attrs=why)
+
+    def _call_selected(
+        self, function: Value, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None
+    ) -> Value:
+        """`functions[key](...)` with an open key: what each of them returns, selected by the same key."""
+        results = [self.call(f, args, kwargs, node) for f in function.args[1:]]
+        table = Mapping(op="dict", items=dict(zip(function.attrs["keys"], results, strict=True)))
+        return indexing.item(self, table, function.args[0], node or cst.Name("_"))
 
     def _call_instance(
         self, target: Instance, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None

@@ -176,8 +176,8 @@ class Expressions(Calls):
 
     def _ev_Lambda(self, node: cst.Lambda) -> Value:
         body = cst.IndentedBlock([cst.SimpleStatementLine([cst.Return(node.body)])])
-        definition = cst.FunctionDef(cst.Name("<lambda>"), node.params, body)
-        return Function(op="function", info=FunctionInfo("<lambda>", definition), closure=self.env)
+        definition = cst.FunctionDef(cst.Name("_"), node.params, body)
+        return Function(op="function", info=FunctionInfo("lambda", definition), closure=self.env)
 
     def _ev_NamedExpr(self, node: cst.NamedExpr) -> Value:
         value = self.eval(node.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import libcst as cst
 
 from porter.analyze import scalars
@@ -96,18 +98,20 @@ def sequence_item(base: Sequence, index: Value) -> Value:
 def _mapping_item(base: Mapping, index: Value) -> Value:
     if isinstance(index, Scalar) and index.known:
         return base.items.get(index.const, Value(op="unknown", attrs={"why": f"no key {index.const!r}"}))
-    if base.items and all(isinstance(v, Mask) for v in base.items.values()):
+    values = list(base.items.values())
+    if len(values) == 1 and isinstance(values[0], Mask) and values[0].kind == "by_key":
+        return replace(values[0], args=(index, *values[0].args[1:]))  # filled in a loop over the keys: it holds for each
+    if values and all(isinstance(v, Mask) for v in values):
         return Mask(
             op="mask_by_key",
             kind="by_key",
             shape=(B, ONE, S, S),
-            args=(index, *base.items.values()),
+            args=(index, *values),
             attrs={"keys": tuple(base.items)},
         )
     key = scalars.text(index)
     if key in base.items:
         return base.items[key]
-    values = list(base.items.values())
     return (
         values[0]
         if len(values) == 1

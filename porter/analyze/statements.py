@@ -207,8 +207,8 @@ class Statements(Expressions):
     def _set_item(self, target: cst.Subscript, value: Value) -> None:
         base = self.eval(target.value)
         index = self.index(target)
-        if isinstance(base, Mapping) and isinstance(index, Scalar) and index.known:
-            base.items[index.const] = value
+        if isinstance(base, Mapping) and isinstance(index, Scalar):
+            base.items[index.const if index.known else index.text] = value
         elif isinstance(base, Tensor):
             result = transfer.build("setitem", (base, index, value), base.shape, target)
             self.rebind(target.value, result)

@@ -180,3 +180,11 @@ def test_relative_errors_are_measured_by_token() -> None:
 
     theirs = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
     assert token_errors(theirs + torch.tensor([[0.0, 0.5], [0.0, 0.0]]), theirs).tolist() == pytest.approx([0.1, 0.0])
+
+
+def test_a_single_number_near_zero_is_measured_against_the_usual() -> None:
+    from porter.verify.compare import token_errors
+
+    gate = torch.tensor([[1.0], [-1.0], [1e-5]])
+    assert token_errors(gate + 1e-6, gate).max() < 1e-5
+    assert token_errors(gate + 1e-2, gate).min() > 1e-3
