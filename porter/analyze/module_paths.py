@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from porter.analyze.values import Instance, Layer, Repeated, Sequence, Tensor, Value
 
 
@@ -32,3 +34,26 @@ def _name_items(items: Value | None, path: str) -> None:
     elif isinstance(items, Sequence):
         for i, item in enumerate(items.items):
             _name_module(item, f"{path}.{i}")
+
+
+def paths_below(root: Instance | Layer, path: str = "") -> Iterator[str]:
+    """The dotted path of every attribute of a module and of the modules in it; `{i}` stands for a layer's number."""
+    held: dict[str, Value] = {k: v for k, v in root.attrs.items() if isinstance(v, Value)}
+    if isinstance(root, Layer):
+        held.update(_items(root))
+    for name, value in held.items():
+        below = f"{path}.{name}" if path else name
+        yield below
+        if isinstance(value, Instance | Layer):
+            yield from paths_below(value, below)
+
+
+def _items(layer: Layer) -> dict[str, Value]:
+    """What a layer holds under names that it does not show as attributes."""
+    items = layer.params.get("items")
+    if isinstance(items, Repeated):
+        return {"{i}": items.item}
+    if isinstance(items, Sequence):
+        return {str(i): item for i, item in enumerate(items.items)}
+    names = ("gate_up_proj", "down_proj") if layer.kind == "fused_moe" else ("weight", "bias")
+    return {name: Value() for name in names}

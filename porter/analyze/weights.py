@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import libcst as cst
 
+from porter.analyze.checkpoint_names import calls_in, plain_name, renames
 from porter.analyze.facts import Facts, World
 from porter.analyze.program import Program, full_name
 from porter.analyze.values import Tensor
@@ -41,7 +41,7 @@ def derive(source: Source, before: Program, after: Facts, notes: dict[str, Any])
         fused=dict(notes.get("fused", {})),
         transposed=tuple(sorted(notes.get("transposed", ()))),
         tied=_tied(after.worlds[0]),
-        renames=_renames(source, after),
+        renames=renames(source, after, notes.get("packed", {})),
         skip=_skipped(before, after),
         base_prefix=_base_prefix(before, after),
     )
@@ -79,7 +79,7 @@ def _skipped(before: Program, after: Facts) -> tuple[str, ...]:
         node = info.constants.get("_keys_to_ignore_on_load_unexpected")
         if isinstance(node, cst.List):
             found |= {
-                _plain(str(e.value.evaluated_value)) for e in node.elements if isinstance(e.value, cst.SimpleString)
+                plain_name(str(e.value.evaluated_value)) for e in node.elements if isinstance(e.value, cst.SimpleString)
             }
     for cls in before.classes.values():
         init = cls.methods.get("__init__")
@@ -88,16 +88,10 @@ def _skipped(before: Program, after: Facts) -> tuple[str, ...]:
     return tuple(sorted(f for f in found if f))
 
 
-def _plain(pattern: str) -> str:
-    """A regular expression of transformers as a dotted name, if it is one."""
-    text = pattern.replace(r"\.", ".").strip("^$").removeprefix(".*").strip(".")
-    return text if all(part.isidentifier() for part in text.split(".")) else ""
-
-
 def _buffers(init: cst.FunctionDef) -> set[str]:
     """Names given to register_buffer for masks and biases that old checkpoints carry."""
     found: set[str] = set()
-    for node in _calls(init):
+    for node in calls_in(init):
         if (
             full_name(node.func) == "self.register_buffer"
             and node.args
@@ -107,88 +101,3 @@ def _buffers(init: cst.FunctionDef) -> set[str]:
             if name in ("bias", "masked_bias"):
                 found |= {f"{owner}.{name}" for owner in ("attn", "attention", "self_attn")}
     return found
-
-
-def _calls(node: cst.CSTNode) -> list[cst.Call]:
-    own = [node] if isinstance(node, cst.Call) else []
-    return own + [c for child in node.children for c in _calls(child)]
-
-
-# -- transformers' own renames ---------------------------------------------------------------------
-
-
-def _renames(source: Source, after: Facts) -> dict[str, str]:
-    """Renames between a model's checkpoints and the installed transformers' modules, read from its mapping as text.
-
-    They hold for the names of the installed file; an old file still has the checkpoints' own names.
-    """
-    path = _mapping_file()
-    if path is None or source.model_type is None:
-        return {}
-    known = {
-        segment
-        for w in after.worlds
-        for v in w.values.values()
-        for x in v
-        if (layer := x.attrs.get("layer")) is not None
-        for segment in str(layer.path).split(".")
-    }
-    pairs = _mapping(path, after.entry.name) or _mapping(path, source.model_type)
-    return {old: new for old, new in pairs if new.split(".")[-1] in known and old.split(".")[-1] not in known}
-
-
-def _mapping_file() -> Path | None:
-    from porter.errors import SourceError
-    from porter.source import models_folder
-
-    try:
-        path = models_folder().parent / "conversion_mapping.py"
-    except SourceError:
-        return None
-    return path if path.is_file() else None
-
-
-def _mapping(path: Path, key: str) -> list[tuple[str, str]]:
-    """The plain renames of a class or model type in transformers' conversion_mapping.py."""
-    tree = cst.parse_module(path.read_text(encoding="utf-8"))
-    aliases: dict[str, str] = {}
-    entries: dict[str, cst.BaseExpression] = {}
-    _collect(tree, aliases, entries)
-    node = entries.get(key) or entries.get(aliases.get(key, ""))
-    if node is None:
-        return []
-    found = []
-    for call in _calls(node):
-        if full_name(call.func) == "WeightRenaming":
-            pair = _pair(call)
-            if pair is not None:
-                found.append(pair)
-    return found
-
-
-def _collect(node: cst.CSTNode, aliases: dict[str, str], entries: dict[str, cst.BaseExpression]) -> None:
-    if isinstance(node, cst.DictElement) and isinstance(node.key, cst.SimpleString):
-        key = str(node.key.evaluated_value)
-        if isinstance(node.value, cst.SimpleString):
-            aliases[key] = str(node.value.evaluated_value)
-        elif isinstance(node.value, cst.List):
-            entries.setdefault(key, node.value)
-    for child in node.children:
-        _collect(child, aliases, entries)
-
-
-def _pair(call: cst.Call) -> tuple[str, str] | None:
-    values = []
-    for arg in call.args[:2]:
-        node = (
-            arg.value.elements[0].value
-            if isinstance(arg.value, cst.List) and len(arg.value.elements) == 1
-            else arg.value
-        )
-        if not isinstance(node, cst.SimpleString):
-            return None
-        text = _plain(str(node.evaluated_value))
-        if not text:
-            return None
-        values.append(text)
-    return (values[0], values[1]) if len(values) == 2 else None

@@ -45,6 +45,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(state_size|d_state|chunk_size)$", 8),
     (r"query_pre_attn_scalar", 24),
 )
+# What some config classes leave open though their models can't be built without it.
+_OPEN: tuple[tuple[str, int], ...] = ((r"shared_experts$", 1),)
 _KEPT = frozenset({"chunk_size_feed_forward"})
 _GENERIC = frozenset(PreTrainedConfig().to_dict()) - {
     "pad_token_id",
@@ -147,6 +149,8 @@ def _shrunk(name: str, value: Any) -> Any:
         return _SOFTCAP
     if name == "eos_token_id" and isinstance(value, list):
         return 2
+    if value is None:
+        return next((size for pattern, size in _OPEN if re.search(pattern, name)), None)
     if name in _KEPT or isinstance(value, bool) or not isinstance(value, int):
         return value
     return next((size for pattern, size in _SIZES if re.search(pattern, name)), value)
