@@ -99,7 +99,8 @@ def _mapping_item(base: Mapping, index: Value) -> Value:
     if isinstance(index, Scalar) and index.known:
         return base.items.get(index.const, Value(op="unknown", attrs={"why": f"no key {index.const!r}"}))
     values = list(base.items.values())
-    if len(values) == 1 and isinstance(values[0], Mask) and values[0].kind == "by_key":  # filled in a loop over the keys
+    if len(values) == 1 and isinstance(values[0], Mask) and values[0].kind == "by_key":
+        # filled in a loop over the keys: it holds for each
         return replace(values[0], args=(index, *values[0].args[1:]))
     if values and all(isinstance(v, Mask) for v in values):
         return Mask(

@@ -45,8 +45,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(state_size|d_state|chunk_size)$", 8),
     (r"query_pre_attn_scalar", 24),
 )
-# What some config classes leave open though their models can't be built without it.
-_OPEN: tuple[tuple[str, int], ...] = ((r"shared_experts$", 1),)
+# What some config classes leave None though their models can't be built without it.
+_NEEDED = r"(shared_experts|routed_experts|experts_per_tok)$"
 _KEPT = frozenset({"chunk_size_feed_forward"})
 _GENERIC = frozenset(PreTrainedConfig().to_dict()) - {
     "pad_token_id",
@@ -149,9 +149,8 @@ def _shrunk(name: str, value: Any) -> Any:
         return _SOFTCAP
     if name == "eos_token_id" and isinstance(value, list):
         return 2
-    if value is None:
-        return next((size for pattern, size in _OPEN if re.search(pattern, name)), None)
-    if name in _KEPT or isinstance(value, bool) or not isinstance(value, int):
+    open_size = value is None and re.search(_NEEDED, name)
+    if name in _KEPT or isinstance(value, bool) or not (isinstance(value, int) or open_size):
         return value
     return next((size for pattern, size in _SIZES if re.search(pattern, name)), value)
 
