@@ -10,7 +10,7 @@ from porter.analyze.bias import read_addend
 from porter.analyze.core import Core, Inconsistent, NotUnderstood
 from porter.analyze.facts import World
 from porter.analyze.heads import read_heads, read_sources
-from porter.analyze.point import Point, Unevaluable
+from porter.analyze.point import Point, Unevaluable, guess
 from porter.analyze.rotation import read_rotation
 from porter.analyze.scores import from_interface, from_product, softmax_of
 from porter.analyze.values import Tensor
@@ -58,9 +58,8 @@ def _complete_somewhere(core: Core, point: Point) -> None:
 def point_for(world: World) -> Point:
     """A point at which the conditions of the path hold as they were taken, as far as numbers decide them."""
     best: tuple[int, Point] | None = None
-    flags = {
-        k.removeprefix("config."): float(v) for k, v in world.decisions if k.removeprefix("config.").isidentifier()
-    }
+    asked = {k.removeprefix("config."): v for k, v in world.decisions if k.removeprefix("config.").isidentifier()}
+    flags = {name: float(on) for name, on in asked.items() if not on or guess(name) is None}
     for heads in (4, 6):
         point = Point(heads, fields=flags)
         wrong = 0

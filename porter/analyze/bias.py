@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from porter.analyze.core import Core, NotUnderstood, tensor_of
 from porter.analyze.evaluate import Evaluator
 from porter.analyze.point import SEQ_LENGTH, Point, Unevaluable
-from porter.analyze.values import Mask, Tensor, Value
+from porter.analyze.values import Mask, Scalar, Tensor, Value
 
 
 def read_addend(core: Core, addend: Tensor, factors: list[tuple[str, Value]], point: Point) -> bool:
@@ -26,7 +27,7 @@ def read_addend(core: Core, addend: Tensor, factors: list[tuple[str, Value]], po
     masked = array <= -1e4
     causal = False
     if masked.any():
-        causal = _read_mask_array(core, masked)
+        causal = _read_mask_array(core, addend, masked, point)
         array = np.where(masked, 0.0, array)
     if np.abs(array).max() > 0:
         _read_alibi(core, addend, array, factors, point)
@@ -48,12 +49,43 @@ def _read_mask(core: Core, mask: Value) -> bool:
     return True
 
 
-def _read_mask_array(core: Core, masked: Any) -> bool:
+def _read_mask_array(core: Core, addend: Tensor, masked: Any, point: Point) -> bool:
+    width = _mask_width(masked)
+    if width is None:
+        raise NotUnderstood("the mask is not plainly causal")
+    if width < SEQ_LENGTH:
+        core.window, core.masks_window = _window_field(addend, width, point), True
+    return True
+
+
+def _mask_width(masked: Any) -> int | None:
+    """How many tokens, its own included, each token of a causal mask sees at most; None if it is no such mask."""
     square = masked.reshape(-1, *masked.shape[-2:])[:, -SEQ_LENGTH:, :SEQ_LENGTH]
+    if square.shape[-2:] != (SEQ_LENGTH, SEQ_LENGTH):
+        return None
+    width = int((~square[0, -1]).sum())
     rows, columns = np.arange(SEQ_LENGTH)[:, None], np.arange(SEQ_LENGTH)[None, :]
-    if square.shape[-2:] == (SEQ_LENGTH, SEQ_LENGTH) and all((s == (columns > rows)).all() for s in square):
-        return True
-    raise NotUnderstood("the mask is not plainly causal")
+    hidden = (columns > rows) | (columns <= rows - width)
+    return width if width > 0 and all((s == hidden).all() for s in square) else None
+
+
+def _window_field(addend: Tensor, width: int, point: Point) -> Scalar:
+    """The config field that is the window of a mask: its number is the window's, also when it changes."""
+    for value in addend.walk():
+        if not isinstance(value, Scalar) or value.known or value.op not in ("leaf", "getattr", "config_item"):
+            continue
+        names = [n for n in re.findall(r"\w+", value.text) if n not in ("config", "self", "getattr", "None")]
+        if names and all(_width_with(addend, names[0], w, point) == w for w in (width, width + 1)):
+            return value
+    raise NotUnderstood("the mask has a window that is no field of the config")
+
+
+def _width_with(addend: Tensor, field: str, number: int, point: Point) -> int | None:
+    moved = Point(point.heads, point.theta, {**point.fields, field.lower(): float(number)}, point.seq)
+    try:
+        return _mask_width(np.asarray(Evaluator(moved)(addend), dtype=float) <= -1e4)
+    except (Unevaluable, TypeError, ValueError):
+        return None
 
 
 def standard_slopes(heads: int) -> list[float]:

@@ -13,6 +13,7 @@ from porter.analyze.serving import SERVING
 from porter.analyze.values import (
     ClassRef,
     Config,
+    External,
     Instance,
     Layer,
     Mapping,
@@ -170,7 +171,10 @@ def _slice(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTN
 
 
 def _type(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
-    return symbol(f"type({scalars.text(args[0])})")
+    value = args[0]
+    if isinstance(value, Scalar) and value.known:
+        return External(op="external", name=f"builtins.{type(value.const).__name__}")
+    return symbol(f"type({scalars.text(value)})")
 
 
 def _sum(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:

@@ -57,6 +57,7 @@ class Core:
     value: Tensor
     scale: list[tuple[str, Value]] = field(default_factory=list)  # ("mul"|"div", factor)
     window: Value | None = None
+    masks_window: bool = False  # the window is in the mask that was computed
     by_key: Mask | None = None
     softcap: Value | None = None
     sinks: Value | None = None

@@ -9,7 +9,7 @@ import libcst as cst
 from porter.analyze import scalars
 from porter.analyze.poly import Poly
 from porter.analyze.run import Run
-from porter.analyze.transfer import broadcast, build
+from porter.analyze.transfer import broadcast, build, element
 from porter.analyze.values import (
     ONE,
     B,
@@ -192,7 +192,8 @@ def slice_size(size: Poly, part: Sequence) -> Poly:
 def _end(value: Value, size: Poly, default: Poly) -> Poly | None:
     if is_none(value):
         return default
-    if not isinstance(value, Scalar) or value.size is None:
+    number = element(value)
+    if number is None:
         return None
-    negative = value.size.terms and all(c < 0 for _, c in value.size.terms)
-    return size + value.size if negative else value.size
+    negative = number.terms and all(c < 0 for _, c in number.terms)
+    return size + number if negative else number

@@ -26,17 +26,18 @@ def call_method(
     if isinstance(base, Layer):
         return ops_layers.layer_method(run, base, name, args, kwargs, node)
     if isinstance(base, Instance):
-        if name == "register_buffer" and len(args) > 1 and isinstance(args[0], Scalar):
-            base.attrs[args[0].const] = args[1]
-            return const(None)
-        if name == "register_parameter" and len(args) > 1 and isinstance(args[0], Scalar):
-            base.attrs[args[0].const] = args[1]
+        if name in ("register_buffer", "register_parameter", "register_module", "add_module"):
+            _register(base, [*args, *kwargs.values()])
             return const(None)
         if name == "get_head_mask":
             return Repeated(op="repeat", item=const(None))
-        if name == "add_module" and isinstance(args[0], Scalar):
-            base.attrs[args[0].const] = args[1]
     return const(None)
+
+
+def _register(base: Instance, args: list[Value]) -> None:
+    """`register_buffer(name, tensor)` and its like set an attribute."""
+    if len(args) > 1 and isinstance(args[0], Scalar) and args[0].known:
+        base.attrs[args[0].const] = args[1]
 
 
 def _mapping_method(base: Mapping, name: str, args: list[Value]) -> Value:

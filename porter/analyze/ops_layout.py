@@ -20,10 +20,8 @@ def _view(call: Call) -> Any:
     targets = size_list(call.args[1:]) if len(call.args) > 1 else size_list(list(call.kwargs.values()))
     if len(targets) == 1 and isinstance(targets[0], Scalar) and targets[0].op == "dtype":
         return call.shape
-    sizes = [v.size if isinstance(v, Scalar) else None for v in targets]
-    if any(s is None for s in sizes):
-        return None
-    return resolve(call.shape, [s for s in sizes if s is not None])
+    sizes = size_shape(targets)
+    return resolve(call.shape, list(sizes)) if sizes is not None else None
 
 
 def resolve(shape: Shape | None, sizes: list[Poly]) -> Shape | None:

@@ -39,6 +39,11 @@ _GUESSES: tuple[tuple[tuple[str, ...], float], ...] = (
 )
 
 
+def guess(name: str) -> float | None:
+    """A plausible number for a config field of that name, if its words say what it counts."""
+    return next((value for words, value in _GUESSES if any(w in name.lower() for w in words)), None)
+
+
 class Point:
     """One assignment of numbers to config fields; `heads` sets the head count (6 is no power of two)."""
 
@@ -55,9 +60,9 @@ class Point:
         lower = name.lower()
         if lower in self.fields:
             return self.fields[lower]
-        for words, value in _GUESSES:
-            if any(w in lower for w in words):
-                return self.theta if value == 10000.0 else value
+        known = guess(lower)
+        if known is not None:
+            return self.theta if known == 10000.0 else known
         if "head" in lower:
             return self.heads
         if lower == "base":
@@ -69,7 +74,8 @@ class Point:
     def text(self, source: str) -> Any:
         """The number of a source text over config fields."""
         try:
-            return self._node(ast.parse(source, mode="eval").body)
+            counted = source.replace(SEQ, str(self.seq)).replace(BATCH, str(BATCH_SIZE))
+            return self._node(ast.parse(counted, mode="eval").body)
         except SyntaxError as error:
             raise Unevaluable(source) from error
 

@@ -66,7 +66,11 @@ _COMPARE: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
 # Open scalars that may be None: what a config holds, not what is computed from sizes.
 _MAYBE_NONE = frozenset({"leaf", "getattr", "config_item", "choose", "and", "or"})
 # The plain rotation is analysed; scaled ones come from the config's rope parameters, in the runtime.
-ROPE_DELEGATED = {"config.rope_scaling is None": True, "config.rope_scaling": False}
+ROPE_DELEGATED = {
+    "config.rope_scaling is None": True,
+    "config.rope_scaling": False,
+    "hasattr(config, 'rope_scaling')": False,
+}
 _NEGATED = {"!=": "==", "is not": "is", "not in": "in"}
 
 
@@ -127,6 +131,8 @@ def implied(key: str, taken: dict[str, bool]) -> bool | None:
         return False
     if taken.get(f"{key} is None"):
         return False
+    if key.endswith(" is None") and taken.get(key.removesuffix(" is None")) is False:
+        return True  # an option that is off; the port still asks for None
     return None
 
 
@@ -342,12 +348,17 @@ def extreme(name: str, args: list[Value]) -> Value:
         args = list(args[0].items)
     best = args[0]
     for other in args[1:]:
-        verdict = compare("GreaterThanEqual", best, other)
-        known = known_truth(verdict)
+        known = None if _is_window(best, other) else known_truth(compare("GreaterThanEqual", best, other))
         if known is None:
             return call(name, None, args)
         best = best if known == (name == "max") else other
     return best
+
+
+def _is_window(left: Value, right: Value) -> bool:
+    """Whether one is a number of tokens and the other a config field, either of which may be larger."""
+    sizes = [v.size for v in (left, right) if isinstance(v, Scalar) and v.size is not None]
+    return len({s.has_tokens for s in sizes}) == 2 and all(s.number is None for s in sizes)
 
 
 def number(value: Value) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 import libcst as cst
 
 from porter.analyze import scalars
+from porter.analyze.poly import Poly
 from porter.analyze.run import Run
 from porter.analyze.values import ONE, SYMBOLIC, Scalar, Sequence, Shape, Tensor, Value, const
 
@@ -105,6 +106,26 @@ def size_list(values: list[Value]) -> list[Value]:
     return values
 
 
+def element(value: Value) -> Poly | None:
+    """The number of a scalar, or of a tensor without dims that counts: `arange(n)[-1] + 1` is n."""
+    if isinstance(value, Scalar):
+        return value.size if value.op != "item" else element(value.args[0])
+    if not isinstance(value, Tensor) or value.shape != () or len(value.args) != 2:
+        return None
+    if value.op in ("add", "sub"):
+        left, right = element(value.args[0]), element(value.args[1])
+        return None if left is None or right is None else left + right if value.op == "add" else left - right
+    table, place = value.args[0], scalars.number(value.args[1])
+    if value.op != "getitem" or table.op != "arange" or place is None:
+        return None
+    count = len(table.args) - len(table.attrs.get("kw", ()))
+    ends = [element(a) for a in table.args[:count]]
+    start, stop = ([Poly.const(0), *ends] if count == 1 else ends)[:2]
+    if start is None or stop is None or count > 2:
+        return None
+    return (start if place >= 0 else stop) + Poly.const(place)
+
+
 def size_shape(values: list[Value]) -> Shape | None:
-    sizes = [v.size if isinstance(v, Scalar) else None for v in size_list(values)]
+    sizes = [element(v) for v in size_list(values)]
     return None if any(s is None for s in sizes) else tuple(s for s in sizes if s is not None)

@@ -33,8 +33,10 @@ def _is_windowed(core: Core) -> bool:
     """Whether the mask, which is what eager attention obeys, limits the window."""
     masks = [m for m, _ in core.addends]
     sliding = any(isinstance(m, Mask) and m.kind == "sliding" for m in masks)
-    return sliding or (
-        core.by_key is not None and any(isinstance(m, Mask) and m.kind == "sliding" for m in core.by_key.args[1:])
+    return (
+        sliding
+        or core.masks_window
+        or (core.by_key is not None and any(isinstance(m, Mask) and m.kind == "sliding" for m in core.by_key.args[1:]))
     )
 
 

@@ -97,11 +97,13 @@ class DropArguments(Pass):
         if edits:
             return edit.rewrite(facts.program.tree, edits)
         for function in facts.called:
-            names = _unused(facts, function)
-            if names:
-                dropped[function] = names
-                edits[function] = _definition(names)
-        edits.update(_calls(facts, dropped))
+            if facts.line(function):  # a lambda keeps what it takes
+                dropped[function] = _unused(facts, function)
+        sites = _sites(facts)
+        while _agree(sites, dropped):
+            pass
+        edits.update({function: _definition(names) for function, names in dropped.items() if names})
+        edits.update(_calls(sites, dropped))
         return edit.rewrite(facts.program.tree, edits)
 
 
@@ -148,18 +150,39 @@ def _definition(names: set[str]) -> edit.Edit:
     return change
 
 
-def _calls(facts: Facts, dropped: dict[cst.FunctionDef, set[str]]) -> dict[cst.CSTNode, edit.Edit]:
-    """At each call: drop the arguments whose parameter goes, and `**kwargs` that reaches nothing."""
-    edits: dict[cst.CSTNode, edit.Edit] = {}
-    by_site: dict[cst.CSTNode, list[CallRecord]] = {}
+def _sites(facts: Facts) -> dict[cst.Call, list[CallRecord]]:
+    """The calls made at each place: one place may call several functions."""
+    found: dict[cst.Call, list[CallRecord]] = {}
     for world in facts.worlds:
         for record in world.calls:
             if isinstance(record.site, cst.Call):
-                by_site.setdefault(record.site, []).append(record)
-    for site, records in by_site.items():
-        assert isinstance(site, cst.Call)
-        gone = [_gone(site, r, dropped.get(r.function.node, set())) for r in records]
-        drop = set.intersection(*gone)
+                found.setdefault(record.site, []).append(record)
+    return found
+
+
+def _agree(sites: dict[cst.Call, list[CallRecord]], dropped: dict[cst.FunctionDef, set[str]]) -> bool:
+    """Keep a parameter whose argument another function called at the same place needs; whether that changed any."""
+    changed = False
+    for site, records in sites.items():
+        if len({r.function.node for r in records}) < 2:
+            continue
+        common = set.intersection(*[_gone(site, r, dropped.get(r.function.node, set())) for r in records])
+        for record in records:
+            names = dropped.get(record.function.node, set())
+            always = _gone(site, record, set())
+            kept = {n for n in names if _gone(site, record, {n}) - always - common}
+            names -= kept
+            changed |= bool(kept)
+    return changed
+
+
+def _calls(
+    sites: dict[cst.Call, list[CallRecord]], dropped: dict[cst.FunctionDef, set[str]]
+) -> dict[cst.CSTNode, edit.Edit]:
+    """At each call: drop the arguments whose parameter goes, and `**kwargs` that reaches nothing."""
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for site, records in sites.items():
+        drop = set.intersection(*[_gone(site, r, dropped.get(r.function.node, set())) for r in records])
         if drop:
             edits[site] = _without(sorted(drop))
     return edits

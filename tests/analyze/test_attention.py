@@ -75,6 +75,11 @@ PROJECT = """
 SCORES = "        scores = torch.matmul(query, key.transpose(2, 3)) * self.head_dim**-0.5 + mask\n"
 CAUSAL = "create_causal_mask(self.config, hidden_states, None, None)"
 SLIDING = "create_sliding_window_causal_mask(self.config, hidden_states, None, None)"
+WINDOWED = (
+    "(torch.arange(length) > torch.arange(length).reshape(-1, 1)).bitwise_or_("
+    "torch.arange(length) <= torch.arange(length).reshape(-1, 1) - self.config.sliding_window) * -1e9"
+)
+CUT_WINDOW = f"({WINDOWED})[None, None][:, :, :, : torch.arange(length)[-1] + 1]"
 TRIANGLE = "torch.full((length, length), -1e9).triu(1)[None, None]"
 
 HALVES = """
@@ -257,6 +262,19 @@ def test_a_sliding_mask_gives_its_window() -> None:
     window = only(file(mask=SLIDING)).window
     assert window is not None
     assert text(window) == "config.sliding_window"
+
+
+@pytest.mark.parametrize("mask", [WINDOWED, CUT_WINDOW])
+def test_a_window_in_a_mask_that_the_file_computes_is_found(mask: str) -> None:
+    found = only(file(mask=mask))
+    assert found.masks_window
+    assert found.window is not None
+    assert text(found.window) == "config.sliding_window"
+
+
+def test_a_window_that_is_no_config_field_is_refused() -> None:
+    with pytest.raises(NotUnderstood, match="no field of the config"):
+        cores(file(mask=WINDOWED.replace("self.config.sliding_window", "4")))
 
 
 def test_a_condition_that_fills_scores_is_a_mask() -> None:
