@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -71,14 +72,34 @@ def models_folder() -> Path:
 
 
 def _from_transformers(name: str) -> Source:
+    """The file of a model type: in the folder of that name, else wherever its causal LM is defined."""
     model_type = name.replace("-", "_")
-    path = models_folder() / model_type / f"modeling_{model_type}.py"
-    if not path.is_file():
+    path: Path | None = models_folder() / model_type / f"modeling_{model_type}.py"
+    causal = _causal_class(name)
+    if path is not None and not path.is_file():
+        path = _defining(causal) if causal is not None else None
+    if path is None:
         raise SourceError(
             f"{name!r} is no file, checkpoint folder or model type of transformers {version('transformers')}",
             _similar(model_type),
         )
-    return _read(path, name, model_type, None)
+    multimodal = causal is None or causal.endswith("ForConditionalGeneration")
+    return _read(path, name, name if causal is not None else model_type, None if multimodal else causal)
+
+
+def _causal_class(model_type: str) -> str | None:
+    """The causal LM class of a model type, from transformers' auto mapping, which is read as text."""
+    text = _text(models_folder() / "auto" / "modeling_auto.py")
+    entries = text.partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)\n")[0]
+    return dict(re.findall(r'\("([\w-]+)", "(\w+)"\)', entries)).get(model_type)
+
+
+def _defining(name: str) -> Path | None:
+    """The installed modeling file that defines a class."""
+    for path in sorted(models_folder().glob("*/modeling_*.py")):
+        if f"\nclass {name}(" in _text(path):
+            return path
+    return None
 
 
 def _similar(name: str) -> str:

@@ -8,7 +8,7 @@ import libcst as cst
 
 from porter.analyze import ops, scalars
 from porter.analyze.poly import Poly
-from porter.analyze.run import Run
+from porter.analyze.run import Infeasible, Run
 from porter.analyze.serving import SERVING
 from porter.analyze.values import (
     ClassRef,
@@ -66,7 +66,7 @@ def _isinstance(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst
 def _getattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     base, name = args[0], args[1]
     if not isinstance(name, Scalar) or not name.known:
-        return Value(op="unknown", attrs={"why": "getattr with an open name"})
+        return _open_attribute(run, base, name)
     if isinstance(base, Config) and name.const not in SERVING:
         if len(args) > 2:
             run.world.config_reads.setdefault(f"{name.const}?", node or cst.Name("_"))
@@ -77,6 +77,25 @@ def _getattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CS
     if absent and len(args) > 2 and run.program.method(base.cls, name.const) is None:  # type: ignore[attr-defined]
         return args[2]
     return run.attribute(base, name.const, node)
+
+
+def _open_attribute(run: Run, base: Value, name: Value) -> Value:
+    """An attribute under a name that the config decides, as setattr() left it."""
+    if isinstance(base, Instance) and base.cls is not None:
+        run.world.attribute_reads.add((base.cls.name, scalars.text(name)))
+    if isinstance(base, Instance) and scalars.text(name) in base.attrs:
+        found: Value = base.attrs[scalars.text(name)]
+        return found
+    if isinstance(base, Instance) and isinstance(name, Scalar) and name.op == "string":
+        raise Infeasible
+    return Value(op="unknown", attrs={"why": "getattr with an open name"})
+
+
+def _setattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    base, name, value = args
+    if isinstance(base, Instance) and isinstance(name, Scalar):
+        base.attrs[name.const if name.known else name.text] = value
+    return const(None)
 
 
 def _hasattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
@@ -143,6 +162,14 @@ def _tuple(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTN
     return value
 
 
+def _set(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    """The distinct values of a list of the config: what a loop does for each, it does for that of any one layer."""
+    value = _tuple(run, args, kwargs, node)
+    if isinstance(value, Scalar) and not value.known:
+        return Scalar(op="distinct", args=(value,), text=value.text, size=value.size)
+    return value
+
+
 def _list(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     value = _tuple(run, args, kwargs, node)
     if isinstance(value, Sequence):
@@ -189,6 +216,7 @@ def _sum(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNod
 _BUILTINS: dict[str, Any] = {
     "isinstance": _isinstance,
     "getattr": _getattr,
+    "setattr": _setattr,
     "hasattr": _hasattr,
     "len": _len,
     "range": _range,
@@ -197,7 +225,7 @@ _BUILTINS: dict[str, Any] = {
     "super": _super,
     "tuple": _tuple,
     "list": _list,
-    "set": _tuple,
+    "set": _set,
     "dict": _dict,
     "slice": _slice,
     "type": _type,

@@ -10,7 +10,7 @@ from porter.analyze import indexing, library, library_layers, methods, ops, ops_
 from porter.analyze.facts import CallRecord
 from porter.analyze.lookups import Lookups
 from porter.analyze.program import ClassInfo, FunctionInfo
-from porter.analyze.run import Returned
+from porter.analyze.run import Infeasible, Returned
 from porter.analyze.values import (
     ClassRef,
     External,
@@ -47,6 +47,8 @@ class Calls(Lookups):
         if function.op == "tensor_method":
             return ops.method(self, function.args[0], function.attrs["name"], args, kwargs, node)
         if isinstance(function, Scalar) and not function.known:
+            if any(isinstance(a, Tensor) for a in [*args, *kwargs.values()]):
+                raise Infeasible  # a config is data: no field of it works on tensors
             inside = ", ".join([scalars.text(a) for a in args] + [f"{k}={scalars.text(v)}" for k, v in kwargs.items()])
             return symbol(f"{function.text}({inside})")
         if function.op == "select" and all(isinstance(f, Function) for f in function.args[1:]):

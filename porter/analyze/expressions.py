@@ -11,7 +11,21 @@ import libcst as cst
 from porter.analyze import indexing, library, ops, scalars
 from porter.analyze.calls import Calls
 from porter.analyze.program import FunctionInfo
-from porter.analyze.values import External, Function, Mapping, Repeated, Scalar, Sequence, Tensor, Value, const, is_none
+from porter.analyze.run import Infeasible
+from porter.analyze.values import (
+    External,
+    Function,
+    Mapping,
+    Repeated,
+    Scalar,
+    Sequence,
+    Tensor,
+    Value,
+    const,
+    is_none,
+    symbol,
+)
+from porter.errors import Refusal
 
 _LITERALS = {"None": None, "True": True, "False": False}
 _UNARY = {"Minus": "neg", "Not": "logical_not", "BitInvert": "logical_not", "Plus": "positive"}
@@ -71,7 +85,23 @@ class Expressions(Calls):
         return Scalar(op="string", text="<string>")
 
     def _ev_FormattedString(self, node: cst.FormattedString) -> Value:
-        return Scalar(op="string", text=self.program.tree.code_for_node(node))
+        """A name made of values is known when they are; else its text tells equal names from different ones."""
+        parts = [self._text_part(part) for part in node.parts]
+        if all(isinstance(part, str) for part in parts):
+            return const("".join(str(part) for part in parts))
+        texts = [part if isinstance(part, str) else f"{{{scalars.text(part)}}}" for part in parts]
+        return Scalar(op="string", text=f"f{''.join(texts)!r}")
+
+    def _text_part(self, part: cst.BaseFormattedStringContent) -> str | Value:
+        if isinstance(part, cst.FormattedStringText):
+            return part.value
+        assert isinstance(part, cst.FormattedStringExpression)
+        try:
+            value = self.eval(part.expression)
+        except (Refusal, Infeasible):
+            return symbol(self.program.tree.code_for_node(part.expression))
+        plain = isinstance(value, Scalar) and value.known and part.format_spec is None and part.conversion is None
+        return str(value.const) if plain and isinstance(value, Scalar) else value
 
     def _ev_Ellipsis(self, node: cst.Ellipsis) -> Value:
         return const(Ellipsis)

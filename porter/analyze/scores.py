@@ -38,6 +38,7 @@ IGNORED = frozenset(
         "past_key_value",
         "layer_past",
         "deterministic",
+        "return_dict",
     }
 )
 

@@ -175,6 +175,8 @@ class Statements(Expressions):
             return [const(k) for k in value.items], False
         if isinstance(value, Tensor):
             return [indexing.row(value, node)], True
+        if isinstance(value, Scalar) and value.op == "distinct":
+            return [symbol(f"{value.text}[layer_idx]")], True
         if isinstance(value, Scalar) and not value.known:
             return [symbol(f"item of {value.text}")], True
         raise self._unknown(value, node, "for", "it loops over something not understood")

@@ -6,6 +6,7 @@ import libcst as cst
 
 from porter.analyze.core import layout_chain
 from porter.analyze.facts import Facts, line_of
+from porter.analyze.rotation import turns
 from porter.analyze.values import Scalar, Sequence, Tensor, Value, is_none
 from porter.errors import Refusal
 from porter.passes import edit
@@ -227,17 +228,18 @@ class _Rewrite(LayerSource):
 
     def _call(self, node: cst.BaseExpression) -> None:
         found = [f for f in self.group.found if f.merged is node]
-        rotated = {f.core.rotation is not None for f in found}
-        if len(rotated) > 1:
+        turned = [f for f in found if f.core.rotation is not None]
+        others = [f for f in found if f.core.rotation is None and (f.core.alibi is not None or turns(f.core.query))]
+        if turned and others:
             raise Refusal(
                 "",
                 line_of(self.tree, node),
                 "attention",
-                "it is rotated on some paths only",
-                "a config condition inside one attention call is not supported",
+                "the config chooses between RoPE and another kind of position",
+                "call the attention once for each kind",
                 "P202",
             )
-        first = ["positions"] if rotated == {True} else []
+        first = ["positions"] if turned else []
         arguments = ", ".join([*first, *self.names, "kv_cache", "attn_metadata"])
         tail = "" if found[0].merges_heads else f".unflatten(-1, (-1, {self._size(found[0], found[0].core.head_dim)}))"
         call = f"self.attn({arguments}){tail}"

@@ -72,6 +72,8 @@ class LayerSource(TraitSource):
         kinds: dict[str, list[Found]] = {}
         for found in self.group.found:
             kinds.setdefault(_kind(found.core), []).append(found)
+        if set(kinds) == {"PagedAttention", "PagedAttentionWithRoPE"}:
+            kinds = {"PagedAttentionWithRoPE": self.group.found}
         made = {kind: self._constructor(kind, found) for kind, found in kinds.items()}
         if len(made) == 1:
             return f"self.attn = {next(iter(made.values()))}\n"
@@ -154,24 +156,33 @@ class LayerSource(TraitSource):
         return "None"
 
     def _rope(self, found: list[Found]) -> list[str]:
-        rotation = found[0].core.rotation
+        """How queries and keys turn; layers that don't have no parameters."""
+        turned = [f for f in found if f.core.rotation is not None]
+        rotation = turned[0].core.rotation
         assert rotation is not None
-        if not rotation.from_config:
-            parameters = f'{{"rope_type": "default", "rope_theta": {rotation.base}}}'
-        elif any("rope_parameters" in f for f in rotation.fields):
-            parameters = "config.rope_parameters"
-        else:
-            self.imports.setdefault("porter.runtime.layers.rope", set()).add("get_rope_parameters")
-            parameters = "get_rope_parameters(config)"
         fields = [
-            f"rope_parameters={self._expression(parameters, found[0])}",
-            f"max_position={self._expression('config.max_position_embeddings', found[0])}",
+            f"rope_parameters={self._vary(found, self._rope_parameters)}",
+            f"max_position={self._expression('config.max_position_embeddings', turned[0])}",
         ]
         if not rotation.full and not any(w in f for f in rotation.fields for w in ("partial", "pct")):
-            fields.append(f"rotary_dim={self._rotary_dim(found[0])}")
+            fields.append(f"rotary_dim={self._rotary_dim(turned[0])}")
         if rotation.interleaved:
             fields.append("interleaved=True")
         return fields
+
+    def _rope_parameters(self, found: Found) -> str:
+        rotation = found.core.rotation
+        if rotation is None:
+            return "None"
+        if not rotation.from_config:
+            return f'{{"rope_type": "default", "rope_theta": {rotation.base}}}'
+        thetas = {f.removesuffix("['rope_theta']") for f in rotation.fields if f.endswith("['rope_theta']")}
+        if len(thetas) == 1:
+            return self._expression(thetas.pop(), found)
+        if any("rope_parameters" in f for f in rotation.fields):
+            return self._expression("config.rope_parameters", found)
+        self.imports.setdefault("porter.runtime.layers.rope", set()).add("get_rope_parameters")
+        return self._expression("get_rope_parameters(config)", found)
 
     def _rotary_dim(self, found: Found) -> str:
         for name, value in found.owner.attrs.items():

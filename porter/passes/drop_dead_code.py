@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import libcst as cst
 
+from porter.analyze import scalars
 from porter.analyze.facts import Facts
+from porter.analyze.values import Scalar, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 
@@ -211,6 +213,8 @@ class _Liveness:
         text = edit.code(value.func)
         if text.endswith(".__init__"):
             return True
+        if text == "setattr" and len(value.args) == 3:
+            return any(self._is_read(_attribute_name(name)) for name in self.facts.values(value.args[1].value))
         if isinstance(value.func, cst.Attribute):
             name, receiver = value.func.attr.value, edit.names_read(value.func.value)
             if name == "register_buffer" and value.args:
@@ -235,6 +239,11 @@ class _Liveness:
                 if isinstance(node, cst.Call) and self._is_read(_buffer(node)):
                     return True
         return False
+
+
+def _attribute_name(name: Value) -> str:
+    """The name that setattr() gives; one that the config decides is its own text."""
+    return str(name.const) if isinstance(name, Scalar) and name.known else scalars.text(name)
 
 
 def _buffer(node: cst.Call) -> str:

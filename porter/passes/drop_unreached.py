@@ -221,7 +221,8 @@ def _class(facts: Facts, node: cst.ClassDef, keep: set[str]) -> dict[cst.CSTNode
         elif isinstance(statement, cst.SimpleStatementLine):
             for small in statement.body:
                 bound = {t.value for t in edit.targets(small) if isinstance(t, cst.Name)}
-                if bound and not any(_constant_read(facts, b) for b in bound):
+                bare = isinstance(small, cst.AnnAssign) and small.value is None
+                if bound and (bare or not any(_constant_read(facts, b) for b in bound)):
                     edits[small] = edit.remove
     bases = _bases(facts, info.bases, keep)
     if node.decorators or bases != list(info.bases):

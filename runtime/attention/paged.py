@@ -84,7 +84,10 @@ def _get_rotary_embedding(
 
 
 class PagedAttentionWithRoPE(PagedAttention):
-    """Rotates query and key by their positions first: halves of the first rotary_dim dimensions, or even/odd pairs."""
+    """Rotates query and key by their positions first: halves of the first rotary_dim dimensions, or even/odd pairs.
+
+    A layer whose rope_parameters are None does not rotate: models mix layers with and without RoPE.
+    """
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class PagedAttentionWithRoPE(PagedAttention):
         head_dim: int,
         scaling: float,
         *,
-        rope_parameters: RopeParameters,
+        rope_parameters: RopeParameters | None,
         max_position: int,
         num_kv_heads: int | None = None,
         rotary_dim: int | None = None,
@@ -111,7 +114,11 @@ class PagedAttentionWithRoPE(PagedAttention):
             sinks=sinks,
         )
         self.interleaved = interleaved
-        self.rotary_emb = _get_rotary_embedding(rope_parameters, head_dim, max_position, rotary_dim)
+        self.rotary_emb = (
+            None
+            if rope_parameters is None
+            else _get_rotary_embedding(rope_parameters, head_dim, max_position, rotary_dim)
+        )
 
     def forward(  # type: ignore[override]
         self,
@@ -123,17 +130,20 @@ class PagedAttentionWithRoPE(PagedAttention):
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """`[num_tokens, num_heads * head_dim]`; the rotated key is what the cache holds."""
+        rope = self.rotary_emb
+        if rope is None:
+            return super().forward(query, key, value, kv_cache, attn_metadata)
         tables = attn_metadata.once(
-            (id(self.rotary_emb), query.dtype, self.interleaved),
-            lambda: self._tables(positions, query.dtype),
+            (id(rope), query.dtype, self.interleaved),
+            lambda: self._tables(rope, positions, query.dtype),
         )
         query = query.reshape(-1, self.num_heads, self.head_dim)
         key = key.reshape(-1, self.num_kv_heads, self.head_dim)
         query, key = rotary_embedding(query, key, tables, self.interleaved)
         return super().forward(query, key, value, kv_cache, attn_metadata)
 
-    def _tables(self, positions: torch.Tensor, dtype: torch.dtype) -> Tables:
-        cos, sin = self.rotary_emb(positions, dtype)
+    def _tables(self, rope: RotaryEmbedding, positions: torch.Tensor, dtype: torch.dtype) -> Tables:
+        cos, sin = rope(positions, dtype)
         return rotary_tables(cos, sin, self.interleaved)
 
 
