@@ -262,7 +262,7 @@ def _parameter(e: Evaluator, v: Tensor) -> Any:
 def _gather(e: Evaluator, v: Tensor) -> Any:
     args, named = e.positional(v), e.keywords(v)
     table, index = np.asarray(args[0]), np.asarray(named.get("index", args[-1])).astype(int)
-    return np.take_along_axis(table, index, axis=int(named.get("dim", args[1])))
+    return np.take_along_axis(table, index, axis=int(named["dim"] if "dim" in named else args[1]))
 
 
 @_op("rope_init")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import libcst as cst
 
 from porter.analyze.facts import Facts, line_of
-from porter.analyze.values import Layer
+from porter.analyze.values import Instance, Layer, Value
 from porter.errors import Refusal
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage
@@ -94,12 +94,24 @@ class SplitLogits(Pass):
 
 
 def _head_call(facts: Facts, forward: cst.FunctionDef) -> cst.Call | None:
+    """The call that gives logits: of the head itself, or of a module of the file that ends in it."""
     for node in edit.walk(forward.body):
         if isinstance(node, cst.Call) and node.args:
             layers = [v for v in facts.values(node.func) if isinstance(v, Layer)]
-            if layers and all(v.attrs.get("class") == "ParallelLMHead" for v in layers):
+            if layers and all(_is_head(v) for v in layers):
+                return node
+            results = [c.result for c in facts.calls_at(node) if isinstance(c.receiver, Instance)]
+            if results and all(r is not None and _ends_in_head(r) for r in results):
                 return node
     return None
+
+
+def _is_head(layer: object) -> bool:
+    return isinstance(layer, Layer) and layer.attrs.get("class") == "ParallelLMHead"
+
+
+def _ends_in_head(result: Value) -> bool:
+    return any(_is_head(v.attrs.get("layer")) for v in result.walk(frozenset({"linear"})))
 
 
 class _Replace(cst.CSTTransformer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import libcst as cst
+import numpy as np
 
 from porter.analyze.evaluate import Evaluator
 from porter.analyze.facts import Facts
@@ -128,6 +129,9 @@ def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
             ids = _looked_up(facts, node)
             if ids is None:
                 continue
+            if not _is_zeros(ids) and _same_everywhere(facts.values(ids)) == 0:
+                edits[ids] = edit.replace("torch.zeros_like(positions)")
+                continue
             for inner in edit.walk(ids):
                 if isinstance(inner, cst.BaseExpression) and _counts(facts.values(inner)):
                     if isinstance(inner, cst.Name) and inner.value == "positions":
@@ -165,6 +169,23 @@ def _looked_up(facts: Facts, node: cst.CSTNode) -> cst.BaseExpression | None:
         ):
             return index.value
     return None
+
+
+def _is_zeros(ids: cst.BaseExpression) -> bool:
+    return edit.code(ids) == "torch.zeros_like(positions)"
+
+
+def _same_everywhere(values: list[Value]) -> int | None:
+    """The one number that ids are for every token, whatever the batch: a token type that nobody gives."""
+    found: set[float] = set()
+    for value in values:
+        if not isinstance(value, Tensor) or not value.sizes_only or not value.shape:
+            return None
+        try:
+            found |= set(np.unique(np.asarray(Evaluator(Point())(value), dtype=float)).tolist())
+        except Unevaluable:
+            return None
+    return int(found.pop()) if len(found) == 1 else None
 
 
 def _counts(values: list[Value]) -> bool:
