@@ -98,7 +98,8 @@ def test_rope_attention(interleaved: bool, rotary_dim: int | None, dtype: torch.
 def test_partial_rotary_factor_sets_the_rotated_part() -> None:
     parameters = {**ROPE, "partial_rotary_factor": 0.25}
     layer = PagedAttentionWithRoPE(HEADS, 18, SCALING, rope_parameters=parameters, max_position=64)
-    assert layer.rotary_emb is not None and layer.rotary_emb.rotary_dim == 4
+    assert layer.rotary_emb is not None
+    assert layer.rotary_emb.rotary_dim == 4
 
 
 def test_layers_that_rotate_alike_share_their_embedding() -> None:
