@@ -97,7 +97,7 @@ class DropArguments(Pass):
         if edits:
             return edit.rewrite(facts.program.tree, edits)
         for function in facts.called:
-            if facts.line(function):  # a lambda keeps what it takes
+            if edit.parent(facts.program.tree, function) is not None:  # a lambda keeps what it takes
                 dropped[function] = _unused(facts, function)
         sites = _sites(facts)
         while _agree(sites, dropped):

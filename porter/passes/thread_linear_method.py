@@ -53,14 +53,38 @@ class ThreadLinearMethod(Pass):
     EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, facts: Facts) -> cst.Module:
-        edits: dict[cst.CSTNode, edit.Edit] = {}
-        for function in facts.called:
-            for node in edit.walk(function.body):
-                if isinstance(node, cst.Call) and edit.code(node.func) in TAKES and not _passes(node):
-                    edits[node] = _with_argument
-        if not edits:
-            edits = _definitions(facts)
+        calls = _layer_calls(facts)
+        takers = _takers(facts, calls)
+        edits: dict[cst.CSTNode, edit.Edit] = dict.fromkeys((c for c in calls if not _passes(c)), _with_argument)
+        edits.update({f: _with_param for f in takers if NAME not in {p.name.value for p in edit.params_of(f)}})
         return edit.rewrite(facts.program.tree, edits)
+
+
+def _layer_calls(facts: Facts) -> list[cst.Call]:
+    """Where layers that take `linear_method` are created."""
+    return [
+        node
+        for function in facts.called
+        for node in edit.walk(function.body)
+        if isinstance(node, cst.Call) and edit.code(node.func) in TAKES
+    ]
+
+
+def _takers(facts: Facts, calls: list[cst.Call]) -> dict[cst.FunctionDef, None]:
+    """Functions that create such layers or read the name, and their callers up to the entry; calls join `calls`."""
+    entry = facts.program.method(facts.entry, "__init__")
+    takers = {entry.node: None} if entry is not None else {}
+    readers = [function.body for function in facts.called if NAME in edit.names_read(function.body)]
+    todo: list[cst.CSTNode] = [*calls, *readers]
+    while todo:
+        function = edit.enclosing(facts.program.tree, todo.pop(), cst.FunctionDef)
+        if function is None or function in takers:
+            continue
+        takers[function] = None
+        sites = {r.site: None for r in facts.calls_of(function) if isinstance(r.site, cst.Call)}
+        calls += sites
+        todo += sites
+    return takers
 
 
 def _passes(node: cst.Call) -> bool:
@@ -70,22 +94,6 @@ def _passes(node: cst.Call) -> bool:
 def _with_argument(updated: cst.Call) -> cst.Call:
     args = [a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in updated.args]
     return updated.with_changes(args=[*args, cst.Arg(cst.Name(NAME), keyword=cst.Name(NAME), equal=_EQUAL)])
-
-
-def _definitions(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
-    """Add the parameter where a body reads it, and the argument where such a class is created."""
-    edits: dict[cst.CSTNode, edit.Edit] = {}
-    for function in facts.called:
-        if NAME in edit.names_read(function.body) and NAME not in {p.name.value for p in edit.params_of(function)}:
-            edits[function] = _with_param
-            for record in facts.calls_of(function):
-                if isinstance(record.site, cst.Call) and not _passes(record.site):
-                    edits[record.site] = _with_argument
-            return edits
-    entry = facts.program.method(facts.entry, "__init__")
-    if entry is not None and NAME not in {p.name.value for p in edit.params_of(entry.node)}:
-        edits[entry.node] = _with_param
-    return edits
 
 
 def _with_param(updated: cst.FunctionDef) -> cst.FunctionDef:
