@@ -71,6 +71,8 @@ class Core:
     heads: Poly | None = None
     kv_heads: Poly | None = None
     head_dim: Poly | None = None
+    v_head_dim: Poly | None = None
+    sources: tuple[Tensor, ...] = ()  # where query, key and value hold their heads in order
     addends: list[tuple[Tensor, list[tuple[str, Value]]]] = field(default_factory=list)
 
 

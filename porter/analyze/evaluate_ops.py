@@ -267,8 +267,8 @@ def _gather(e: Evaluator, v: Tensor) -> Any:
 
 @_op("rope_init")
 def _rope_init(e: Evaluator, v: Tensor) -> Any:
-    """transformers' default inverse frequencies over the whole head."""
-    dim = int(e.point.field("head_dim"))
+    """transformers' default inverse frequencies."""
+    dim = int(e(v.args[1]))
     return 1.0 / (e.point.field("rope_theta") ** (np.arange(0, dim, 2) / dim))
 
 

@@ -119,10 +119,15 @@ def tensors_behind(value: Value, until: frozenset[str]) -> list[Tensor]:
 
 
 def mixes_features(value: Tensor, source: Tensor, width: object) -> bool:
-    """Whether something between `source` and `value` looks at more than one head, as a norm over all does."""
+    """Whether something between `source` and `value` looks at more than one head, as a norm over all does.
+
+    Tokens are flat, so that a permutation is one of heads with their dims.
+    """
     for inner in tensors_behind(value, frozenset({"linear"})):
         if inner is source:
             continue
+        if inner.op == "permute":
+            return True
         if inner.op in ("mean", "sum", "layer_norm", "rms_norm", "softmax", "norm", "var", "amax", "matmul"):
             seen = inner.args[0]
             if isinstance(seen, Tensor) and seen.shape and seen.shape[-1] != width:

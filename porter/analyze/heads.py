@@ -14,11 +14,12 @@ from porter.analyze.values import Tensor
 
 
 def read_heads(core: Core) -> None:
-    """Head count and size from the query's shape as the product sees it."""
+    """Head count and sizes from the shapes of query and value as the products see them."""
     shape = core.query.shape
     if shape is None:
         raise NotUnderstood("the layout of the queries is unknown")
     core.head_dim = shape[-1]
+    core.v_head_dim = core.value.shape[-1] if core.value.shape else None
     rest = Poly.const(1)
     for size in shape[:-1]:
         rest = rest * size
@@ -31,30 +32,57 @@ def read_sources(core: Core, point: Point) -> None:
     query = rotation.query if rotation else core.query
     key = rotation.key if rotation else core.key
     chains = [layout_chain(query), layout_chain(key), layout_chain(core.value)]
-    sources = [c[-1] for c in chains]
     core.query, core.key, core.value = query, key, core.value
-    tables = [_labels(c[0], c[-1], point, core) for c in chains]
-    heads, dim = point.size(core.heads or Poly.const(1)), point.size(core.head_dim or Poly.const(1))
-    tables = [t.reshape(-1, int(dim)) for t in tables]
+    heads = int(point.size(core.heads or Poly.const(1)))
+    dims = [int(point.size(d or Poly.const(1))) for d in (core.head_dim, core.head_dim, core.v_head_dim)]
+    core.sources = tuple(c[-1] for c in chains)
+    one = core.sources[0] is core.sources[1] is core.sources[2] and core.sources[0].op == "linear"
+    if one:
+        tables = [_heads_in(c, c[-1], point, d) for c, d in zip(chains, dims, strict=True)]
+    else:
+        picked = [_in_order(c, point, d) for c, d in zip(chains, dims, strict=True)]
+        core.sources = tuple(source for source, _ in picked)
+        tables = [table for _, table in picked]
     if tables[0].shape[0] != heads:
         raise NotUnderstood("the queries are not laid out as heads")
-    kept = [_ungroup(t, int(heads)) for t in tables]
+    kept = [_ungroup(t, heads) for t in tables]
     if len({k.shape[0] for k in kept[1:]}) != 1:
         raise NotUnderstood("keys and values have different numbers of heads")
     kv = kept[1].shape[0]
-    if sources[0] is sources[1] is sources[2] and sources[0].op == "linear":
+    if one:
         core.fused = _fused_layout(tables[0], kept[1], kept[2])
-    elif not all((k.ravel() == np.arange(k.size)).all() for k in (tables[0], kept[1], kept[2])):
-        raise NotUnderstood("heads are taken from the projections in an order that is not contiguous")
-
     core.kv_heads = _kv_size(chains[1], int(kv), core, point)
 
 
-def _labels(value: Tensor, source: Tensor, point: Point, core: Core) -> Any:
+def _heads_in(chain: list[Tensor], source: Tensor, point: Point, dim: int) -> Any:
+    """Which feature of `source` each [head, dim] at the top of a chain of layouts holds."""
+    labels = _labels(chain[0], source, point)
+    if labels.size % dim:
+        raise NotUnderstood("keys and values have different numbers of heads")
+    return labels.reshape(-1, dim)
+
+
+def _in_order(chain: list[Tensor], point: Point, dim: int) -> tuple[Tensor, Any]:
+    """The deepest of a chain of layouts that holds the heads in order, and nothing else; what is above it stays."""
+    for source in reversed(chain):
+        table = _heads_in(chain, source, point, dim)
+        distinct = _ungroup(table, len(table)).ravel()
+        if (distinct == np.arange(distinct.size)).all() and _width(source, point) == distinct.size:
+            return source, table
+        if np.unique(table).size != distinct.size:
+            break
+    raise NotUnderstood("heads are taken from the projections in an order that is not contiguous")
+
+
+def _width(value: Tensor, point: Point) -> int:
+    """Numbers a token."""
+    return int(np.prod(Evaluator(point).shape(value))) // (BATCH_SIZE * SEQ_LENGTH)
+
+
+def _labels(value: Tensor, source: Tensor, point: Point) -> Any:
     """Which feature of `source` each [head, dim] of `value` holds, after checking that tokens stay in place."""
     e = Evaluator(point)
-    shape = e.shape(source)
-    width = int(np.prod(shape)) // (BATCH_SIZE * SEQ_LENGTH)
+    shape, width = e.shape(source), _width(source, point)
     axis = [i for i, s in enumerate(source.shape or ()) if s.has_tokens]
     labels = _feature_labels(shape, axis, width)
     e.memo[id(source)] = labels

@@ -188,8 +188,8 @@ def call_external(
         return builtin(run, short, args, kwargs, node)
     if name == "attention_interface" or short == "scaled_dot_product_attention":
         return ops_layers.attention(run, short, args, kwargs, node)
-    if name == "rope_init":
-        return _rope_init(args, kwargs)
+    if short == "rope_init":
+        return _rope_init(run, name, args, kwargs)
     if short in _MASKS:
         return _mask(short, args, kwargs)
     if name.startswith("math."):
@@ -251,13 +251,21 @@ def _helpers(
     return Value(op="unknown", args=tuple(args), attrs=why)
 
 
-def _rope_init(args: list[Value], kwargs: dict[str, Value]) -> Sequence:
-    """(inverse frequencies, attention scaling) of transformers' rope functions, analysed for the default type."""
+def _rope_init(run: Run, name: str, args: list[Value], kwargs: dict[str, Value]) -> Sequence:
+    """(inverse frequencies, attention scaling) of transformers' rope functions or the runtime's, of the default type."""
     config = kwargs.get("config", args[0] if args else None)
     path = config.path if isinstance(config, Config) else "config"
-    theta = symbol(f"{path}.rope_theta")
-    size = Poly.symbol(f"getattr({path}, 'head_dim', {path}.hidden_size // {path}.num_attention_heads) // 2")
-    table = Tensor(op="rope_init", args=(theta,), shape=(size,), attrs={"sizes_only": True})
+    dim: Value = symbol(f"(getattr({path}, 'head_dim', None) or {path}.hidden_size // {path}.num_attention_heads)")
+    if name.startswith("porter."):
+        dim = args[1]
+    half = scalars.binary("floor_divide", dim, const(2))
+    size = half.size if isinstance(half, Scalar) else None
+    table = Tensor(
+        op="rope_init",
+        args=(symbol(f"{path}.rope_theta"), dim),
+        shape=(size or Poly.symbol("<rotary>"),),
+        attrs={"sizes_only": True},
+    )
     return Sequence(op="tuple", args=(table,), items=(table, const(1.0)))
 
 

@@ -83,7 +83,7 @@ def _runtime_layer(
     if kind == "paged_attention":
         tensors = [a for a in args if isinstance(a, Tensor) and a.op != "positions"]
         query = tensors[0] if tensors else Tensor()
-        heads, dim = (target.params.get(k) for k in ("num_heads", "head_dim"))
+        heads, dim = target.params.get("num_heads"), target.params.get("v_head_dim", target.params.get("head_dim"))
         width = (
             heads.size * dim.size
             if isinstance(heads, Scalar) and isinstance(dim, Scalar) and heads.size is not None and dim.size is not None

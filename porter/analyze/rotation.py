@@ -13,9 +13,17 @@ from porter.analyze.values import Scalar, Tensor, Value
 
 
 def read_rotation(core: Core, point: Point) -> Rotation | None:
-    """RoPE on queries and keys, if there is a standard one; another rotation stays in the port."""
+    """RoPE on queries and keys, if there is a standard one; another rotation stays in the port.
+
+    A file may read how much of a head is rotated and then run for the whole head only.
+    """
     if not turns(layout_chain(core.query)[-1]) or not turns(layout_chain(core.key)[-1]):
         return None
+    whole = Point(point.heads, point.theta, {**point.fields, "partial_rotary_factor": 1.0}, point.seq)
+    return _standard(core, point) or _standard(core, whole)
+
+
+def _standard(core: Core, point: Point) -> Rotation | None:
     for query in layout_chain(core.query):
         for key in layout_chain(core.key):
             found = _rotation_of(query, key, point)

@@ -65,6 +65,8 @@ class Statements(Expressions):
     def rebind(self, target: cst.BaseExpression, value: Value) -> None:
         if isinstance(target, cst.Name | cst.Attribute):
             self.assign(target, value)
+        elif isinstance(target, cst.Subscript):
+            self._set_item(target, value)
 
     def _do_Assign(self, node: cst.Assign) -> None:
         value = self.eval(node.value)

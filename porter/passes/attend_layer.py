@@ -102,6 +102,8 @@ class LayerSource(TraitSource):
         kv = self._vary(found, lambda f: self._size(f, f.core.kv_heads))
         if kv != fields[0]:
             fields.append(f"num_kv_heads={kv}")
+        if any(f.core.v_head_dim != f.core.head_dim for f in found):
+            fields.append(f"v_head_dim={self._vary(found, lambda f: self._size(f, f.core.v_head_dim))}")
         if kind == "PagedAttentionWithRoPE":
             fields += self._rope(found)
         if kind == "PagedAttentionWithALiBi":

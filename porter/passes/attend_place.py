@@ -79,7 +79,7 @@ def _core_line(facts: Facts, world: World) -> int:
 
 def _place(facts: Facts, world: World, core: Core) -> Found:
     """Find, in one function, the expressions that project q, k, v and the one that merges the heads."""
-    chains = [layout_chain(v) for v in (core.query, core.key, core.value)]
+    chains = [_down_to(v, s) for v, s in zip((core.query, core.key, core.value), core.sources, strict=True)]
     merged = _merged_nodes(world, core)
     functions: dict[cst.FunctionDef, tuple[cst.BaseExpression, bool]] = {}
     for node, merges in merged:
@@ -105,12 +105,17 @@ def _place(facts: Facts, world: World, core: Core) -> Found:
     )
 
 
+def _down_to(value: Tensor, source: Tensor) -> list[Tensor]:
+    chain = layout_chain(value)
+    return chain[: chain.index(source) + 1]
+
+
 def _merged_nodes(world: World, core: Core) -> list[tuple[cst.BaseExpression, bool]]:
     """Expressions whose value is the attention's output with its heads merged; else with heads apart."""
     whole: list[tuple[cst.BaseExpression, bool]] = []
     apart: list[tuple[cst.BaseExpression, bool]] = []
-    assert core.heads is not None and core.head_dim is not None
-    width = core.heads * core.head_dim
+    assert core.heads is not None and core.v_head_dim is not None
+    width = core.heads * core.v_head_dim
     for node, values in world.values.items():
         if isinstance(node, cst.Name | cst.Tuple) or not isinstance(node, cst.BaseExpression):
             continue
@@ -119,7 +124,7 @@ def _merged_nodes(world: World, core: Core) -> list[tuple[cst.BaseExpression, bo
                 continue
             if value.shape[-1] == width and all(s.has_tokens for s in value.shape[:-1]):
                 whole.append((node, True))
-            elif value.shape[-2:] == (core.heads, core.head_dim):
+            elif value.shape[-2:] == (core.heads, core.v_head_dim):
                 apart.append((node, False))
     return whole or apart
 

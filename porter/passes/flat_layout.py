@@ -92,6 +92,8 @@ def layout(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTN
         return {node: lambda updated: _method(updated, f"unsqueeze({place})")}
     if value.op == "getitem":
         return _indexed(facts, node, value)
+    if value.op in ("expand", "broadcast_to") and len(pairs[0][0]) == len(pairs[0][1]):
+        return _expanded(facts, node, value)
     return _reshaped(facts, node, value, *pairs[0])
 
 
@@ -131,7 +133,19 @@ def _reshaped(
     if len(before) - common == 1:
         sizes = _dim_codes(facts, node, value, len(after) - common)
         return {node: lambda updated: _method(updated, f"unflatten(-1, ({', '.join(sizes)}))")}
-    raise refuse(facts, node, "it splits and merges dims at once")
+    sizes = _dim_codes(facts, node, value, len(after) - common)
+    merged = f"flatten({common - len(before)})"
+    return {node: lambda updated: _method(updated, f"{merged}.unflatten(-1, ({', '.join(sizes)}))")}
+
+
+def _expanded(facts: Facts, node: cst.CSTNode, value: Tensor) -> dict[cst.CSTNode, edit.Edit]:
+    """`x.expand(batch, heads, length, -1)` keeps the tokens and expands what is left of its dims."""
+    args = _size_nodes(facts, node)
+    assert value.shape is not None
+    if len(args) != len(value.shape) or any(isinstance(a, cst.StarredElement) for a in args):
+        raise refuse(facts, node, "the sizes of its dims are not written out")
+    kept = [_size_code(facts, a) for a, size in zip(args, value.shape, strict=True) if not size.has_tokens]
+    return {node: lambda updated: _method(updated, f"expand({', '.join(['-1', *kept])})")}
 
 
 def _rank_agnostic(value: Tensor) -> bool:
@@ -146,21 +160,62 @@ def _rank_agnostic(value: Tensor) -> bool:
 
 def _dim_codes(facts: Facts, node: cst.CSTNode, value: Tensor, count: int) -> list[str]:
     """Source for the last `count` sizes of a view, from its own arguments."""
-    assert isinstance(node, cst.Call) and value.shape is not None
-    args = [a.value for a in node.args]
-    if isinstance(node.func, cst.Attribute) and is_module(node.func.value):
-        args = args[1:]
-    if len(args) == 1:
-        inner: cst.CSTNode = args[0]
-        if not isinstance(inner, cst.Tuple):
-            origin = [v.node for v in facts.values(args[0]) if isinstance(v, Sequence)]
-            inner = origin[0] if origin and isinstance(origin[0], cst.Tuple) else inner
-        args = [e.value for e in inner.elements] if isinstance(inner, cst.Tuple) else args
+    assert value.shape is not None
+    args = _size_nodes(facts, node)
+    if len(args) == len(value.shape) and not any(isinstance(a, cst.StarredElement) for a in args):
+        if any(s.has_tokens and s.without_tokens() != ONE for s in value.shape):
+            raise refuse(facts, node, "tokens are not its leading dims")
+        args = [a for a, size in zip(args, value.shape, strict=True) if not size.has_tokens]
+    elif any(s.has_tokens for s in value.shape[-count:]):
+        raise refuse(facts, node, "tokens are not its leading dims")
     if len(args) < count or any(isinstance(a, cst.StarredElement) for a in args[-count:]):
         raise refuse(facts, node, "the sizes of its last dims are not written out")
-    if any(s.has_tokens for s in value.shape[-count:]):
-        raise refuse(facts, node, "tokens are not its leading dims")
-    return [edit.code(a) for a in args[-count:]]
+    return [_size_code(facts, a) for a in args[-count:]]
+
+
+def _size_nodes(facts: Facts, node: cst.CSTNode) -> list[cst.CSTNode]:
+    """The sizes that a layout call is given, one by one or in a tuple."""
+    assert isinstance(node, cst.Call)
+    args: list[cst.CSTNode] = [a.value for a in node.args]
+    if isinstance(node.func, cst.Attribute) and is_module(node.func.value):
+        args = args[1:]
+    if len(args) != 1:
+        return args
+    inner = args[0]
+    if not isinstance(inner, cst.Tuple):
+        origin = [v.node for v in facts.values(inner) if isinstance(v, Sequence)]
+        inner = origin[0] if origin and isinstance(origin[0], cst.Tuple) else inner
+    return [e.value for e in inner.elements] if isinstance(inner, cst.Tuple) else args
+
+
+def _size_code(facts: Facts, node: cst.CSTNode) -> str:
+    return flat_size(facts, node) or edit.code(node)
+
+
+TOKEN_COUNT = "token_count_of_the_batch"
+
+
+def flat_size(facts: Facts, node: cst.CSTNode) -> str | None:
+    """`x.shape[i]` or `x.size(i)` for the flat layout, if a node is one of a tensor with batch and sequence apart."""
+    values = facts.values(node)
+    sizes = [v for v in values if isinstance(v, Scalar) and v.op == "size" and v.args]
+    if not isinstance(node, cst.Subscript | cst.Call) or not _is_size(node) or not sizes or len(sizes) != len(values):
+        return None
+    source, index = sizes[0].args
+    if not isinstance(source, Tensor) or source.shape is None or not apart(source.shape):
+        return None
+    assert isinstance(index, Scalar) and isinstance(index.const, int)
+    if source.shape[index.const].has_tokens:
+        return TOKEN_COUNT
+    place = -sum(not s.has_tokens for s in source.shape[index.const :])
+    base = edit.code(node).rsplit("[", 1)[0].rsplit(".size(", 1)[0].removesuffix(".shape").removesuffix(".size()")
+    return f"{base}.shape[{place}]"
+
+
+def _is_size(node: cst.Subscript | cst.Call) -> bool:
+    if isinstance(node, cst.Subscript):
+        return edit.code(node.value).endswith((".shape", ".size()"))
+    return isinstance(node.func, cst.Attribute) and node.func.attr.value == "size"
 
 
 def _indexed(facts: Facts, node: cst.CSTNode, value: Tensor) -> dict[cst.CSTNode, edit.Edit]:
@@ -170,8 +225,9 @@ def _indexed(facts: Facts, node: cst.CSTNode, value: Tensor) -> dict[cst.CSTNode
     assert isinstance(source, Tensor) and source.shape is not None
     elements = list(node.slice)
     if any(edit.code(e.slice) == "..." for e in elements):
-        first = elements[0]
-        if edit.code(first.slice) == "..." and not any(s.has_tokens for s in source.shape[-(len(elements) - 1) :]):
+        taken = sum(edit.code(e.slice) not in ("...", "None") for e in elements)
+        last = source.shape[len(source.shape) - taken :]
+        if edit.code(elements[0].slice) == "..." and not any(s.has_tokens for s in last):
             return {}
         raise refuse(facts, node, "it indexes around an ellipsis")
     kept: list[str] = []

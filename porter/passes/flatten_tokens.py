@@ -9,7 +9,7 @@ from porter.analyze.flows import ELEMENTWISE
 from porter.analyze.values import Layer, Scalar, Sequence, Tensor, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
-from porter.passes.flat_layout import LAYOUT, apart, is_module, layout, receiver, refuse
+from porter.passes.flat_layout import LAYOUT, apart, flat_size, is_module, layout, receiver, refuse
 
 # Where an operation takes its dim when it is not a keyword: method position after the receiver.
 DIM_AT = {
@@ -123,7 +123,6 @@ TOKENWISE = ELEMENTWISE | frozenset(
         "shard",
     }
 )
-TOKEN_COUNT = "token_count_of_the_batch"
 _BEFORE = """\
 from torch import nn
 
@@ -196,10 +195,9 @@ def _flatten(facts: Facts, node: cst.CSTNode) -> dict[cst.CSTNode, edit.Edit]:
     values = facts.values(node)
     if isinstance(node, cst.Assign) and len(node.targets) == 1 and isinstance(node.targets[0].target, cst.Tuple):
         return _unpacked_shape(facts, node)
-    if isinstance(node, cst.Subscript | cst.Call):
-        sizes = [v for v in values if isinstance(v, Scalar) and v.op == "size" and v.args]
-        if sizes and len(sizes) == len(values) and edit.code(node).endswith(("]", ")")) and _is_size(node):
-            return _size(facts, node, sizes)
+    size = flat_size(facts, node)
+    if size is not None:
+        return {node: edit.replace(size)}
     made = [v for v in values if isinstance(v, Tensor) and v.node is node and v.args]
     pieces = [
         v.items[0]
@@ -215,12 +213,6 @@ def _flatten(facts: Facts, node: cst.CSTNode) -> dict[cst.CSTNode, edit.Edit]:
     if pieces:
         return _dim(facts, node, [p for p in pieces if isinstance(p, Tensor)], "split")
     return {}
-
-
-def _is_size(node: cst.BaseExpression) -> bool:
-    if isinstance(node, cst.Subscript):
-        return edit.code(node.value).endswith((".shape", ".size()"))
-    return isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute) and node.func.attr.value == "size"
 
 
 def _unpacked_shape(facts: Facts, node: cst.Assign) -> dict[cst.CSTNode, edit.Edit]:
@@ -250,19 +242,6 @@ def _unpacked_shape(facts: Facts, node: cst.Assign) -> dict[cst.CSTNode, edit.Ed
 def _poison(node: cst.Assign, target: cst.Tuple, shape: Sequence, code: str) -> dict[cst.CSTNode, edit.Edit]:
     """Sizes of a sliced shape: token counts become a name that nothing defines, so that a use is refused."""
     return {node: edit.remove}
-
-
-def _size(facts: Facts, node: cst.BaseExpression, sizes: list[Scalar]) -> dict[cst.CSTNode, edit.Edit]:
-    source = sizes[0].args[0]
-    index = sizes[0].args[1]
-    if not isinstance(source, Tensor) or source.shape is None or not apart(source.shape):
-        return {}
-    assert isinstance(index, Scalar) and isinstance(index.const, int)
-    if source.shape[index.const].has_tokens:
-        return {node: edit.replace(TOKEN_COUNT)}
-    place = index.const - len(source.shape)
-    base = edit.code(node).rsplit("[", 1)[0].rsplit(".size(", 1)[0].removesuffix(".shape").removesuffix(".size()")
-    return {node: edit.replace(f"{base}.shape[{place}]")}
 
 
 def _operation(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTNode, edit.Edit]:

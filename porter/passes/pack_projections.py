@@ -8,6 +8,7 @@ import libcst as cst
 
 from porter.analyze.facts import Facts, World
 from porter.analyze.flows import layer_of, mixes_features, tensors_behind
+from porter.analyze.poly import Poly, product
 from porter.analyze.values import Scalar, Tensor, Value
 from porter.passes import edit
 from porter.passes.attend_layer import LINEAR
@@ -70,6 +71,16 @@ _UNCHANGED = _BEFORE.replace(
     "key = self.k_proj(hidden_states)",
     "key = self.k_proj(hidden_states.tanh())",
 )
+_UNCHANGED_WIDER = _BEFORE.replace(
+    "nn.Linear(config.hidden_size, config.num_heads * config.dim)\n        self.k_proj",
+    "nn.Linear(config.hidden_size, 2 * config.num_heads * config.dim)\n        self.k_proj",
+).replace("query = self.q_proj(hidden_states)", "query, gate = self.q_proj(hidden_states).chunk(2, dim=-1)")
+_UNCHANGED_ORDER = _BEFORE.replace(
+    "query = self.q_proj(hidden_states)",
+    "query = self.q_proj(hidden_states).unflatten(-1, (config.dim, config.num_heads)).permute(0, 2, 1)",
+).replace("        self.embed =", "        self.config = config\n        self.embed =").replace(
+    "(config.dim, config.num_heads))", "(self.config.dim, self.config.num_heads))"
+)
 
 
 class PackProjections(Pass):
@@ -79,7 +90,11 @@ class PackProjections(Pass):
     flat = True
     reason = "queries, keys and values are projected together and sharded by heads"
     EXAMPLES = (Example(_BEFORE, _AFTER),)
-    UNCHANGED = (Unchanged(_UNCHANGED, "keys are projected from another input than queries and values"),)
+    UNCHANGED = (
+        Unchanged(_UNCHANGED, "keys are projected from another input than queries and values"),
+        Unchanged(_UNCHANGED_WIDER, "something else is projected with the queries"),
+        Unchanged(_UNCHANGED_ORDER, "the heads of the queries do not lie one after the other"),
+    )
 
     def apply(self, facts: Facts) -> cst.Module:
         tree = facts.program.tree
@@ -128,12 +143,19 @@ def _trio(facts: Facts, node: cst.Call, function: cst.FunctionDef) -> Trio | Non
             return None
         if len({id(v.args[0]) for v in known}) != 1:
             return None
+        if any(_width(q) != v.shape[-1] for q, v in zip(_inputs(value), known, strict=True) if v.shape):
+            return None  # something else is projected along
         dim = _head_dim(value)
         if any(mixes_features(q, v, dim) for q, v in zip(_inputs(value), known, strict=True)):
             return None
         names = [x.path.rsplit(".", 1)[-1] for x in layers if x is not None]
         result = Trio(node, function, known, names)
     return result
+
+
+def _width(value: Tensor) -> Poly | None:
+    """Numbers a token."""
+    return product(value.shape or ()).without_tokens()
 
 
 def _head_dim(value: Tensor) -> object:

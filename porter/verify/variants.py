@@ -17,6 +17,7 @@ _ROPE = {
     "rope-llama3": {**_LLAMA3, "original_max_position_embeddings": 32},
     "rope-yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
 }
+_YARN_MSCALE = {**_ROPE["rope-yarn"], "mscale": 0.7, "mscale_all_dim": 0.9}
 # Values worth trying besides the default. A field's other values, and what has to change along with it.
 _ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "num_key_value_heads": (1, HEADS),
@@ -98,4 +99,5 @@ def _ropes(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
     rope = getattr(config, "rope_parameters", None)
     if "rope_parameters" not in read or not rope or "rope_type" not in rope:
         return []
-    return [Variant(name, {"rope_parameters": {**rope, **scaling}}) for name, scaling in _ROPE.items()]
+    kinds = {**_ROPE, "rope-yarn-mscale": _YARN_MSCALE} if "qk_rope_head_dim" in read else _ROPE
+    return [Variant(name, {"rope_parameters": {**rope, **scaling}}) for name, scaling in kinds.items()]

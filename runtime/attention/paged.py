@@ -1,6 +1,7 @@
 """Attention over the paged KV cache: plain, with RoPE, with ALiBi. Head counts are this rank's."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention
@@ -23,6 +24,7 @@ class PagedAttention(nn.Module):
         scaling: float,
         *,
         num_kv_heads: int | None = None,
+        v_head_dim: int | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: nn.Parameter | None = None,
@@ -31,6 +33,8 @@ class PagedAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = head_dim
+        self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        self.cache_dim = max(self.head_dim, self.v_head_dim)  # the narrower of key and value is padded with zeros
         if num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads = {num_heads} does not divide by num_kv_heads = {num_kv_heads}", "check the model's config"
@@ -44,7 +48,7 @@ class PagedAttention(nn.Module):
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:
         """The shape of this layer's kv_cache, which must start out finite (zeros): unwritten slots are read, masked."""
-        return 2, num_blocks, block_size, self.num_kv_heads, self.head_dim
+        return 2, num_blocks, block_size, self.num_kv_heads, self.cache_dim
 
     def forward(
         self,
@@ -54,15 +58,19 @@ class PagedAttention(nn.Module):
         kv_cache: torch.Tensor,
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """`[num_tokens, num_heads * head_dim]`; key and value are stored in kv_cache first."""
-        query = query.reshape(-1, self.num_heads, self.head_dim)
-        key = key.reshape(-1, self.num_kv_heads, self.head_dim)
-        value = value.reshape(-1, self.num_kv_heads, self.head_dim)
+        """`[num_tokens, num_heads * v_head_dim]`; key and value are stored in kv_cache first."""
+        query = self._padded(query.reshape(-1, self.num_heads, self.head_dim))
+        key = self._padded(key.reshape(-1, self.num_kv_heads, self.head_dim))
+        value = self._padded(value.reshape(-1, self.num_kv_heads, self.v_head_dim))
         batch, all_stored = attn_metadata.once("batch", lambda: _batch(attn_metadata))
         store_kv_cache(key, value, kv_cache, attn_metadata.slot_mapping, all_stored)
         sinks = self._sinks[0] if self._sinks else None
         out = paged_attention(query, kv_cache, batch, self.traits, sinks, self.alibi_slopes)
-        return out.reshape(-1, self.num_heads * self.head_dim)
+        return out[..., : self.v_head_dim].reshape(-1, self.num_heads * self.v_head_dim)
+
+    def _padded(self, heads: torch.Tensor) -> torch.Tensor:
+        missing = self.cache_dim - heads.shape[-1]
+        return F.pad(heads, (0, missing)) if missing else heads
 
 
 def _batch(m: AttentionMetadata) -> tuple[PagedBatch, bool]:
@@ -98,6 +106,7 @@ class PagedAttentionWithRoPE(PagedAttention):
         rope_parameters: RopeParameters | None,
         max_position: int,
         num_kv_heads: int | None = None,
+        v_head_dim: int | None = None,
         rotary_dim: int | None = None,
         interleaved: bool = False,
         sliding_window: int | None = None,
@@ -109,6 +118,7 @@ class PagedAttentionWithRoPE(PagedAttention):
             head_dim,
             scaling,
             num_kv_heads=num_kv_heads,
+            v_head_dim=v_head_dim,
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,

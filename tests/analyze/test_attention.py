@@ -434,13 +434,23 @@ def test_another_layout_of_a_fused_projection_is_refused(project: str) -> None:
         cores(file(layers=FUSED_LAYERS, project=project))
 
 
-def test_heads_in_another_order_are_refused() -> None:
+def test_heads_in_another_order_are_laid_out_by_the_file() -> None:
     project = PROJECT.replace(
         "self.q_proj(hidden_states).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)",
         "self.q_proj(hidden_states).view(batch, length, self.head_dim, self.num_heads).permute(0, 3, 1, 2)",
     )
-    with pytest.raises(NotUnderstood, match="not contiguous"):
-        cores(file(project=project))
+    core = only(file(project=project))
+    assert [source.op for source in core.sources] == ["permute", "linear", "linear"]
+
+
+def test_values_of_another_size_than_keys() -> None:
+    project = PROJECT.replace("self.v_proj(hidden_states)", "self.k_proj(hidden_states)").replace(
+        "value = self.k_proj(hidden_states).view(batch, length, self.num_kv_heads, self.head_dim)",
+        "value = self.k_proj(hidden_states).view(batch, length, self.num_kv_heads, self.head_dim)[..., : config_part]",
+    )
+    core = only(file(project=project.replace("config_part", "self.config.part")))
+    assert (core.head_dim, core.v_head_dim) == (Poly.symbol("config.head_dim"), Poly.symbol("config.part"))
+    assert [source.op for source in core.sources] == ["linear", "linear", "getitem"]
 
 
 def scored(*lines: str) -> str:

@@ -66,6 +66,21 @@ def test_plain_attention(flat: bool) -> None:
     torch.testing.assert_close(layer(*rows, kv_cache, whole()), dense(query, key, value))
 
 
+@pytest.mark.parametrize("v_head_dim", [6, 24])
+def test_values_may_be_narrower_or_wider_than_keys(v_head_dim: int) -> None:
+    query, key, _ = make_rows()
+    value = torch.randn(TOKENS, KV_HEADS * v_head_dim)
+    layer = PagedAttention(HEADS, DIM, SCALING, num_kv_heads=KV_HEADS, v_head_dim=v_head_dim)
+    kv_cache = torch.full(layer.cache_shape(4, BLOCK_SIZE), 2.0e4)
+    found = layer(query, key, value, kv_cache, whole())
+    assert found.shape == (TOKENS, HEADS * v_head_dim)
+    for start in range(0, v_head_dim, 2):  # a part of the values at a time, padded to the size of a key
+        part = value.view(TOKENS, KV_HEADS, -1)[..., start : start + 2]
+        expected = dense(query, key, torch.nn.functional.pad(part, (0, DIM - 2)).flatten(1))
+        got = found.view(TOKENS, HEADS, -1)[..., start : start + 2]
+        torch.testing.assert_close(got, expected.view(TOKENS, HEADS, DIM)[..., :2])
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [None, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
