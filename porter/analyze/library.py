@@ -252,7 +252,7 @@ def _helpers(
 
 
 def _rope_init(run: Run, name: str, args: list[Value], kwargs: dict[str, Value]) -> Sequence:
-    """(inverse frequencies, attention scaling) of transformers' rope functions or the runtime's, of the default type."""
+    """(inverse frequencies, attention scaling) of transformers' RoPE functions or the runtime's, default type."""
     config = kwargs.get("config", args[0] if args else None)
     path = config.path if isinstance(config, Config) else "config"
     dim: Value = symbol(f"(getattr({path}, 'head_dim', None) or {path}.hidden_size // {path}.num_attention_heads)")

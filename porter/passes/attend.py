@@ -241,7 +241,8 @@ class _Rewrite(LayerSource):
             )
         first = ["positions"] if turned else []
         arguments = ", ".join([*first, *self.names, "kv_cache", "attn_metadata"])
-        tail = "" if found[0].merges_heads else f".unflatten(-1, (-1, {self._size(found[0], found[0].core.v_head_dim)}))"
+        apart = f".unflatten(-1, (-1, {self._size(found[0], found[0].core.v_head_dim)}))"
+        tail = "" if found[0].merges_heads else apart
         call = f"self.attn({arguments}){tail}"
         self.edits[node] = edit.replace(call)
 
