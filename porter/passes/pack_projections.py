@@ -75,11 +75,13 @@ _UNCHANGED_WIDER = _BEFORE.replace(
     "nn.Linear(config.hidden_size, config.num_heads * config.dim)\n        self.k_proj",
     "nn.Linear(config.hidden_size, 2 * config.num_heads * config.dim)\n        self.k_proj",
 ).replace("query = self.q_proj(hidden_states)", "query, gate = self.q_proj(hidden_states).chunk(2, dim=-1)")
-_UNCHANGED_ORDER = _BEFORE.replace(
-    "query = self.q_proj(hidden_states)",
-    "query = self.q_proj(hidden_states).unflatten(-1, (config.dim, config.num_heads)).permute(0, 2, 1)",
-).replace("        self.embed =", "        self.config = config\n        self.embed =").replace(
-    "(config.dim, config.num_heads))", "(self.config.dim, self.config.num_heads))"
+_UNCHANGED_ORDER = (
+    _BEFORE.replace(
+        "query = self.q_proj(hidden_states)",
+        "query = self.q_proj(hidden_states).unflatten(-1, (config.dim, config.num_heads)).permute(0, 2, 1)",
+    )
+    .replace("        self.embed =", "        self.config = config\n        self.embed =")
+    .replace("(config.dim, config.num_heads))", "(self.config.dim, self.config.num_heads))")
 )
 
 
