@@ -126,6 +126,25 @@ def verify(
 
 
 @app.command()
+def sweep(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="Sources, NAME=SOURCE, or folders of modeling files. Default: all of transformers."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where scoreboard.json and .md go; rows there stay.")] = Path(
+        "docs"
+    ),
+    jobs: Annotated[int, typer.Option(help="Processes side by side; 0: one for each processor.", min=0)] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip sources that have a row.")] = False,
+    json: Json = False,
+) -> None:
+    """Convert and verify many sources, and write the scoreboard; exit 1 if any is neither verified nor refused."""
+    from porter import commands
+
+    raise typer.Exit(commands.sweep(sources or [], out, jobs or os.cpu_count() or 1, resume, json))
+
+
+@app.command()
 def register(
     port: Annotated[Path, typer.Argument(metavar="PORT_OR_DIR", help="A port's folder or its module.")],
     force: Force = False,

@@ -202,6 +202,24 @@ def chat(model: str, options: Sampling) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
+def sweep(given: list[str], out: Path, jobs: int, resume: bool, json: bool) -> int:
+    """`porter sweep`; returns the exit code. The scoreboard is written after each row."""
+    from porter.verify import scoreboard
+    from porter.verify.sweep import sources, sweep
+
+    rows = scoreboard.read(out)
+    todo = {name: source for name, source in sources(given).items() if not (resume and name in rows)}
+    with console.progress("sweep", len(todo)) as advance:
+        for row in sweep(todo, jobs):
+            rows[row.name] = row
+            scoreboard.write(out, [rows[name] for name in sorted(rows)])
+            console.say(f"{row.result:9} {row.name:28} {row.seconds:6.1f} s  {row.reason}")
+            advance(row.name)
+    if json:
+        console.print_json(scoreboard.as_json([rows[name] for name in sorted(rows)]))
+    return int(any(row.result not in ("verified", "refused") for row in rows.values())) * CheckFailed.exit_code
+
+
 def explain(name: str | None) -> None:
     """`porter explain`."""
     from porter.passes.base import discover

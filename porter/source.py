@@ -75,7 +75,7 @@ def _from_transformers(name: str) -> Source:
     """The file of a model type: in the folder of that name, else wherever its causal LM is defined."""
     model_type = name.replace("-", "_")
     path: Path | None = models_folder() / model_type / f"modeling_{model_type}.py"
-    causal = _causal_class(name)
+    causal = causal_lm_types().get(name)
     if path is not None and not path.is_file():
         path = _defining(causal) if causal is not None else None
     if path is None:
@@ -87,11 +87,11 @@ def _from_transformers(name: str) -> Source:
     return _read(path, name, name if causal is not None else model_type, None if multimodal else causal)
 
 
-def _causal_class(model_type: str) -> str | None:
-    """The causal LM class of a model type, from transformers' auto mapping, which is read as text."""
+def causal_lm_types() -> dict[str, str]:
+    """Model type -> causal LM class, from the auto mapping of the installed transformers, which is read as text."""
     text = _text(models_folder() / "auto" / "modeling_auto.py")
     entries = text.partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)\n")[0]
-    return dict(re.findall(r'\("([\w-]+)", "(\w+)"\)', entries)).get(model_type)
+    return dict(re.findall(r'\("([\w-]+)", "(\w+)"\)', entries))
 
 
 def _defining(name: str) -> Path | None:
