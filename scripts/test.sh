@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 python scripts/make_smollm2.py .demo/smollm2
 python scripts/fetch_old_sources.py .cache/old-sources || echo "tests that read old modeling files will be skipped" >&2
-exec pytest "$@"
+# One process for each processor; worksteal, because a few tests take as long as a hundred others.
+exec pytest -n auto --dist worksteal "$@"
