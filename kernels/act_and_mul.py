@@ -59,13 +59,28 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 # the activations that the Triton kernel has a branch for
-_FUSED = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
+FUSED = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
 
 
 def act_and_mul_reference(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
     """x `[..., 2 * size]` -> `[..., size]`."""
     gate, up = x.chunk(2, dim=-1)
     return ACTIVATIONS[hidden_act](gate) * up
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def activate(g, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation numbered ACT in FUSED, of a float32 block."""
+    if ACT == 0:
+        act = g / (1.0 + tl.exp(-g))
+    elif ACT == 1:
+        act = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    elif ACT == 2:
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        act = g / (1.0 + tl.exp(-2.0 * inner))
+    else:
+        act = tl.maximum(g, 0.0)
+    return act
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -78,16 +93,7 @@ def _act_and_mul_kernel(  # type: ignore[no-untyped-def]
     # masked lanes hold 0 and are not stored
     gate = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0)
     up = tl.load(x_ptr + row * stride_x + size + columns, mask=inside, other=0.0)
-    g = gate.to(tl.float32)
-    if ACT == 0:
-        act = g / (1.0 + tl.exp(-g))
-    elif ACT == 1:
-        act = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    elif ACT == 2:
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        act = g / (1.0 + tl.exp(-2.0 * inner))
-    else:
-        act = tl.maximum(g, 0.0)
+    act = activate(gate.to(tl.float32), ACT)
     tl.store(out_ptr + row * size + columns, act.to(up.dtype) * up, mask=inside)
 
 
@@ -98,12 +104,12 @@ def _launch(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
     out = torch.empty(rows.shape[0], size, dtype=x.dtype, device=x.device)
     if rows.shape[0]:
         grid = (rows.shape[0], triton.cdiv(size, 1024))
-        _act_and_mul_kernel[grid](rows, out, rows.stride(0), size, ACT=_FUSED[hidden_act], BLOCK=1024)
+        _act_and_mul_kernel[grid](rows, out, rows.stride(0), size, ACT=FUSED[hidden_act], BLOCK=1024)
     return out.view(*x.shape[:-1], size)
 
 
 def act_and_mul(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
     """x `[..., 2 * size]` -> act(x[..., :size]) * x[..., size:]."""
-    if hidden_act in _FUSED and use_triton(x):
+    if hidden_act in FUSED and use_triton(x):
         return _launch(x, hidden_act)
     return act_and_mul_reference(x, hidden_act)

@@ -1,7 +1,8 @@
 """Whether Triton runs here: on a GPU or in its interpreter. Where neither is, no kernel is compiled or imported."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,20 @@ triton, tl = _load()
 HAS_TRITON = hasattr(triton, "__version__")
 
 
+_interpreting = False
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Run the kernels on CPU tensors too, in Triton's interpreter: for tests of what a GPU would do."""
+    global _interpreting
+    _interpreting = INTERPRETED
+    try:
+        yield
+    finally:
+        _interpreting = False
+
+
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether a launcher should run its Triton kernel for `tensor`."""
-    return HAS_TRITON and tensor.is_cuda
+    return HAS_TRITON and (tensor.is_cuda or _interpreting)

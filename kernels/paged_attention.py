@@ -115,6 +115,58 @@ def paged_attention_reference(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    acc, total, highest, query, query_pos, slope, begin, end, context_len,
+    key_ptr, value_ptr, table_ptr, stride_block, stride_slot, scaling, softcap, window, head_dim, block_size,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
+    ALIBI_DTYPE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # The online softmax over keys begin to end; without MASKED every query sees all of them.
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < head_dim
+    for start in range(begin, end, BLOCK_N):
+        key_pos = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            cached = key_pos < context_len
+            # lanes past the context point at block 0 and are masked out of every load
+            block = tl.load(table_ptr + key_pos // block_size, mask=cached, other=0)
+            readable = cached[:, None] & in_head[None, :]
+        else:
+            block = tl.load(table_ptr + key_pos // block_size)
+            readable = in_head[None, :]
+        slot = block.to(tl.int64) * stride_block + (key_pos % block_size) * stride_slot
+        key = tl.load(key_ptr + slot[:, None] + dims[None, :], mask=readable, other=0.0)
+        value = tl.load(value_ptr + slot[:, None] + dims[None, :], mask=readable, other=0.0)
+        if UPCAST:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        # exponentials to base 2 are what the hardware has
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scaling * 1.4426950408889634)
+        if ALIBI:
+            # a float32 product of two rounded numbers is exact: rounding it is multiplying in ALIBI_DTYPE
+            bias = slope[:, None] * key_pos[None, :].to(tl.float32).to(ALIBI_DTYPE).to(tl.float32)
+            scores += bias.to(ALIBI_DTYPE).to(tl.float32) * 1.4426950408889634
+        if SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), which saturates without overflowing to NaN
+            inner = scores / (softcap * 1.4426950408889634)
+            scores = softcap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
+        if MASKED:
+            visible = cached[None, :] & (key_pos[None, :] <= query_pos[:, None])
+            if WINDOW:
+                visible = visible & (key_pos[None, :] > query_pos[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        # a row that has seen no key yet keeps -inf; subtract 0 there instead of making NaN
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(highest - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        highest = new_highest
+    return acc, total, highest
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     query_ptr, key_ptr, value_ptr, out_ptr, sinks_ptr, slopes_ptr,
     block_tables_ptr, context_lens_ptr, cu_seqlens_q_ptr,
@@ -128,7 +180,8 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     # One program: BLOCK_M (token, head) pairs of one sequence that share a KV head, over all keys they see.
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
-    first_row = tl.program_id(2) * BLOCK_M
+    # the last queries see the most keys: they start first
+    first_row = (tl.num_programs(2) - 1 - tl.program_id(2)) * BLOCK_M
     query_start = tl.load(cu_seqlens_q_ptr + sequence)
     query_len = tl.load(cu_seqlens_q_ptr + sequence + 1) - query_start
     if first_row < query_len * group:
@@ -148,53 +201,43 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         if SINKS:
-            highest = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32)
+            highest = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
             total += 1.0
+        slope = highest
         if ALIBI:
             slope = tl.load(slopes_ptr + head, mask=live, other=0.0).to(ALIBI_DTYPE).to(tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         first_pos = context_len - query_len + first_row // group
         last_pos = tl.minimum(context_len, context_len - query_len + (first_row + BLOCK_M - 1) // group + 1)
         begin = 0
+        common = (first_pos + 1) // BLOCK_N * BLOCK_N
         if WINDOW:
             begin = tl.maximum(first_pos - window + 1, 0) // BLOCK_N * BLOCK_N
-        for start in range(begin, last_pos, BLOCK_N):
-            key_pos = start + tl.arange(0, BLOCK_N)
-            cached = key_pos < context_len
-            # lanes past the context point at block 0 and are masked out of every load
-            block = tl.load(
-                block_tables_ptr + sequence.to(tl.int64) * stride_table + key_pos // block_size, mask=cached, other=0
-            )
-            slot = block.to(tl.int64) * stride_block + (key_pos % block_size) * stride_slot + kv_head * stride_kv_head
-            readable = cached[:, None] & (dims < head_dim)[None, :]
-            key = tl.load(key_ptr + slot[:, None] + dims[None, :], mask=readable, other=0.0)
-            value = tl.load(value_ptr + slot[:, None] + dims[None, :], mask=readable, other=0.0)
-            if UPCAST:
-                key = key.to(tl.float32)
-                value = value.to(tl.float32)
-            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
-            if ALIBI:
-                # a float32 product of two rounded numbers is exact: rounding it is multiplying in ALIBI_DTYPE
-                bias = slope[:, None] * key_pos[None, :].to(tl.float32).to(ALIBI_DTYPE).to(tl.float32)
-                scores += bias.to(ALIBI_DTYPE).to(tl.float32)
-            if SOFTCAP:
-                # tanh(x) = 1 - 2 / (exp(2x) + 1), which saturates without overflowing to NaN
-                scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
-            visible = cached[None, :] & (key_pos[None, :] <= query_pos[:, None])
-            if WINDOW:
-                visible = visible & (key_pos[None, :] > query_pos[:, None] - window)
-            scores = tl.where(visible, scores, float("-inf"))
-            new_highest = tl.maximum(highest, tl.max(scores, 1))
-            # a row that has seen no key yet keeps -inf; subtract 0 there instead of making NaN
-            base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-            weights = tl.exp(scores - base[:, None])
-            shrink = tl.exp(highest - base)
-            total = total * shrink + tl.sum(weights, 1)
-            acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-            highest = new_highest
+            common = begin
+        keys = key_ptr + kv_head * stride_kv_head
+        values = value_ptr + kv_head * stride_kv_head
+        table = block_tables_ptr + sequence.to(tl.int64) * stride_table
+        acc, total, highest = _attend(
+            acc, total, highest, query, query_pos, slope, begin, common, context_len, keys, values, table,
+            stride_block, stride_slot, scaling, softcap, window, head_dim, block_size,
+            False, SOFTCAP, WINDOW, ALIBI, ALIBI_DTYPE, UPCAST, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        acc, total, highest = _attend(
+            acc, total, highest, query, query_pos, slope, common, last_pos, context_len, keys, values, table,
+            stride_block, stride_slot, scaling, softcap, window, head_dim, block_size,
+            True, SOFTCAP, WINDOW, ALIBI, ALIBI_DTYPE, UPCAST, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out_offset = (query_start + token).to(tl.int64) * stride_out_token + head * stride_out_head
         tl.store(out_ptr + out_offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _tiles(rows: int, block_d: int) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps, stages), measured on an H100."""
+    block_m = max(16, min(128, triton.next_power_of_2(rows)))
+    if block_d > 128:
+        return min(block_m, 64), 32, 4, 2
+    return block_m, 64, 8 if block_m == 128 and block_d == 128 else 4, 3
 
 
 def _launch(
@@ -204,17 +247,19 @@ def _launch(
     traits: AttentionTraits,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[3], kv_cache.shape[2]
     query = query if query.stride(-1) == 1 else query.contiguous()
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     group = num_heads // num_kv_heads
     rows = batch.max_seqlen_q * group
-    block_m = max(16, min(64, triton.next_power_of_2(rows)))
     num_seqs = batch.context_lens.shape[0]
     if rows == 0 or num_seqs == 0:
         return out
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_m, block_n, warps, stages = _tiles(rows, block_d)
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     _paged_attention_kernel[(num_seqs, num_kv_heads, triton.cdiv(rows, block_m))](
         query, kv_cache[0], kv_cache[1], out, sinks, alibi_slopes,
@@ -227,7 +272,7 @@ def _launch(
         ALIBI_DTYPE=types[traits.alibi_dtype or torch.float32],
         # the interpreter can't multiply bfloat16 matrices
         UPCAST=not query.is_cuda and query.dtype == torch.bfloat16,
-        BLOCK_M=block_m, BLOCK_N=32 if head_dim > 128 else 64, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -239,13 +284,15 @@ def paged_attention(
     traits: AttentionTraits,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query `[T, heads, head_dim]`, kv_cache `[2, blocks, block_size, kv_heads, head_dim]` -> like query.
 
-    sinks `[heads]` is one more logit per head, without a value; alibi_slopes float32 `[heads]`.
+    sinks `[heads]` is one more logit per head, without a value; alibi_slopes float32 `[heads]`. `out`, on a GPU only:
+    where to write; rows outside the batch are left alone.
     """
     if use_triton(query):
-        return _launch(query, kv_cache, batch, traits, sinks, alibi_slopes)
+        return _launch(query, kv_cache, batch, traits, sinks, alibi_slopes, out)
     if query.device.type != "cpu":
         return paged_attention_reference(query, kv_cache, batch, traits, sinks, alibi_slopes)
     plan = batch.cpu_plan(kv_cache.shape[2], traits.sliding_window)

@@ -40,6 +40,51 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * stride_out + columns, y.to(x.dtype), mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, stride_x, stride_residual, eps, hidden_size,
+    UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden_size
+    # masked lanes hold 0 and add nothing to the sum of squares
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0)
+    residual = tl.load(residual_ptr + row * stride_residual + columns, mask=inside, other=0.0)
+    total = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+    tl.store(sum_ptr + row * hidden_size + columns, total, mask=inside)
+    x32 = total.to(tl.float32)
+    normed = x32 / tl.sqrt(tl.sum(x32 * x32, axis=0) / hidden_size + eps)
+    y = normed * (1.0 + weight.to(tl.float32)) if UNIT_OFFSET else weight * normed.to(x.dtype)
+    tl.store(out_ptr + row * hidden_size + columns, y.to(x.dtype), mask=inside)
+
+
+def _launch_add(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_size = x.shape[-1]
+    rows, residual = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, residual))
+    total, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    if rows.shape[0]:
+        block = triton.next_power_of_2(hidden_size)
+        _add_rms_norm_kernel[(rows.shape[0],)](
+            rows, residual, weight, total, out, rows.stride(0), residual.stride(0), eps, hidden_size,
+            UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=8 if block >= 4096 else 4,
+        )  # fmt: skip
+    return out, total
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual) of x and residual `[T, hidden]`, in one pass over memory."""
+    if use_triton(x):
+        return _launch_add(x, residual, weight, eps, unit_offset)
+    total = x + residual
+    return rms_norm(total, weight, eps, unit_offset), total
+
+
 def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
     hidden_size = x.shape[-1]
     rows = x.reshape(-1, hidden_size)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ class AttentionMetadata:
     cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1]; where each sequence's new tokens begin
     max_seqlen_q: int
     max_context_len: int
+    num_decodes: int = 0  # so many sequences, at least, from the first on have one new token
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -57,4 +58,5 @@ class AttentionMetadata:
             cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=device),
             max_seqlen_q=max(query_lens, default=0),
             max_context_len=max(context_lens, default=0),
+            num_decodes=len(list(takewhile(lambda count: count == 1, query_lens))),
         )

@@ -4,10 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from porter.kernels.backend import use_triton
+from porter.kernels.decode_attention import decode_attention
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention
+from porter.kernels.rotate import Rotation
+from porter.kernels.rotate_and_store import rotate_and_store
 from porter.kernels.rotary_embedding import Tables, rotary_embedding, rotary_tables
 from porter.kernels.store_kv_cache import store_kv_cache
+from porter.runtime.deferred import materialize
 from porter.runtime.errors import ConfigError
+from porter.runtime.layers.norm import split_norm
 from porter.runtime.layers.rope import RopeParameters, RotaryEmbedding
 from porter.runtime.layers.sharding import shard_parameter
 from porter.runtime.metadata import AttentionMetadata
@@ -59,6 +65,8 @@ class PagedAttention(nn.Module):
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """`[num_tokens, num_heads * v_head_dim]`; key and value are stored in kv_cache first."""
+        if use_triton(value):
+            return self._on_gpu(attn_metadata.slot_mapping, query, key, value, kv_cache, attn_metadata)
         query = self._padded(query.reshape(-1, self.num_heads, self.head_dim))
         key = self._padded(key.reshape(-1, self.num_kv_heads, self.head_dim))
         value = self._padded(value.reshape(-1, self.num_kv_heads, self.v_head_dim))
@@ -71,6 +79,43 @@ class PagedAttention(nn.Module):
     def _padded(self, heads: torch.Tensor) -> torch.Tensor:
         missing = self.cache_dim - heads.shape[-1]
         return F.pad(heads, (0, missing)) if missing else heads
+
+    def _on_gpu(
+        self,
+        positions: torch.Tensor,  # not read without a rotation
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        m: AttentionMetadata,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """Decoding sequences in one kernel each layer; with others in the step, those are attended to apart."""
+        fused = self.cache_dim == self.head_dim  # else heads are padded, after their norm
+        query, query_norm = split_norm(query) if fused else (materialize(query), None)
+        key, key_norm = split_norm(key) if fused else (materialize(key), None)
+        query = self._padded(query.reshape(-1, self.num_heads, self.head_dim))
+        key = self._padded(key.reshape(-1, self.num_kv_heads, self.head_dim))
+        value = self._padded(value.reshape(-1, self.num_kv_heads, self.v_head_dim))
+        norms, extras = (query_norm, key_norm), (self._sinks[0] if self._sinks else None, self.alibi_slopes)
+        n = m.num_decodes
+        first, others = m.once("batches", lambda: (_part(m, slice(0, n)), _part(m, slice(n, None))))
+        arguments = (kv_cache, m.slot_mapping, positions)
+        if n == len(m.context_lens):
+            out = decode_attention(query, key, value, *arguments, first, self.traits, norms, rotation, *extras)
+        else:
+            query = rotate_and_store(query, key, value, *arguments, norms, rotation)
+            out = torch.empty_like(query)
+            paged_attention(query, kv_cache, others, self.traits, *extras, out=out)
+            if n:
+                ready = (query[:n], key[:n], value[:n])
+                decode_attention(*ready, *arguments, first, self.traits, (None, None), None, *extras, out=out[:n])
+        return out[..., : self.v_head_dim].reshape(-1, self.num_heads * self.v_head_dim)
+
+
+def _part(m: AttentionMetadata, seqs: slice) -> PagedBatch:
+    bounds = m.cu_seqlens_q[seqs.start :]
+    return PagedBatch(m.block_tables[seqs], m.context_lens[seqs], bounds, m.max_seqlen_q, m.max_context_len)
 
 
 def _batch(m: AttentionMetadata) -> tuple[PagedBatch, bool]:
@@ -143,6 +188,10 @@ class PagedAttentionWithRoPE(PagedAttention):
         rope = self.rotary_emb
         if rope is None:
             return super().forward(query, key, value, kv_cache, attn_metadata)
+        if use_triton(value) and self.cache_dim == self.head_dim:
+            cos, sin = rope.tables(attn_metadata.max_context_len, query.dtype, query.device)
+            rotation = Rotation(cos, sin, self.interleaved)
+            return self._on_gpu(positions, query, key, value, kv_cache, attn_metadata, rotation)
         tables = attn_metadata.once(
             (id(rope), query.dtype, self.interleaved),
             lambda: self._tables(rope, positions, query.dtype),

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from porter.kernels.act_and_mul import ACTIVATIONS, Activation, act_and_mul
+from porter.runtime.deferred import materialize
 from porter.runtime.errors import ConfigError
+from porter.runtime.layers.linear import LinearOutput
 
 
 class XIELU(nn.Module):
@@ -33,7 +35,9 @@ class ActAndMul(nn.Module):
         self.hidden_act = hidden_act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return act_and_mul(x, self.hidden_act)
+        if isinstance(x, LinearOutput) and x.is_pending:
+            return x.gated(self.hidden_act)
+        return act_and_mul(materialize(x), self.hidden_act)
 
 
 def get_act_fn(hidden_act: str) -> Activation:

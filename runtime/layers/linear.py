@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from porter.kernels.act_and_mul import act_and_mul
+from porter.kernels.linear_row import can_fuse, linear_row
+from porter.runtime.deferred import Deferred, can_defer, materialize
 from porter.runtime.errors import ConfigError
 from porter.runtime.layers.sharding import Part, Parts, ShardId, even_part, set_parts
 from porter.runtime.parallel import all_reduce, divide, get_tp_rank, get_tp_size
@@ -50,7 +54,18 @@ class LinearMethod:
             # packed by runtime/layers/packing.py
             packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return packed
+        if can_fuse(x, weight):
+            return linear_row(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def apply_gated(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, hidden_act: str
+    ) -> torch.Tensor:
+        """As `apply`, then act(first half) * second half: `[..., out / 2]`."""
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        if can_fuse(x, weight, hidden_act):
+            return linear_row(x, weight, bias, None, hidden_act)
+        return act_and_mul(self.apply(layer, x, bias), hidden_act)
 
     def embedding(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` of the layer's weight: `[..., in]`."""
@@ -63,6 +78,25 @@ class LinearMethod:
 
 
 UNQUANTIZED = LinearMethod()
+
+
+class LinearOutput(Deferred):
+    """The output of a linear layer, which an activation or an addition after it may take in."""
+
+    def __new__(cls, layer: "LinearBase", x: torch.Tensor) -> Self:
+        return cls.like(x, (*x.shape[:-1], layer.out_per_partition))
+
+    def __init__(self, layer: "LinearBase", x: torch.Tensor) -> None:
+        super().__init__(x)
+        self.layer, self.x = layer, x
+
+    def compute(self) -> torch.Tensor:
+        return self.layer.linear_method.apply(self.layer, self.x, self.layer.bias)
+
+    def gated(self, hidden_act: str) -> torch.Tensor:
+        """act(first half) * second half."""
+        self.check_inputs()
+        return self.layer.linear_method.apply_gated(self.layer, self.x, self.layer.bias, hidden_act)
 
 
 class LinearBase(nn.Module):
@@ -81,6 +115,7 @@ class LinearBase(nn.Module):
     ) -> None:
         super().__init__()
         self.linear_method = linear_method or UNQUANTIZED
+        self.out_per_partition = out_per_partition
         dtype = torch.get_default_dtype()
         self.linear_method.create_weights(self, in_per_partition, out_per_partition, dtype)
         set_parts(self.get_parameter("weight"), weight_parts, num_kv_heads)
@@ -90,6 +125,7 @@ class LinearBase(nn.Module):
             set_parts(self.bias, bias_parts, num_kv_heads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = materialize(x)
         return self.linear_method.apply(self, x, self.bias)
 
 
@@ -144,6 +180,10 @@ class MergedColumnParallelLinear(LinearBase):
         self.output_sizes = [share[2] for share in shares.values()]
         weight, bias_parts = _row_parts(shares, in_features)
         super().__init__(in_features, sum(self.output_sizes), weight, bias_parts if bias else None, linear_method)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = materialize(x)
+        return LinearOutput(self, x) if can_defer(x) else self.linear_method.apply(self, x, self.bias)
 
     def split(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The shards of an output `[..., sum of local sizes]`."""
@@ -222,7 +262,8 @@ class RowParallelLinear(LinearBase):
         self.tp_size = get_tp_size()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = materialize(x)
         if self.tp_size == 1:
-            return self.linear_method.apply(self, x, self.bias)
+            return LinearOutput(self, x) if can_defer(x) else self.linear_method.apply(self, x, self.bias)
         y = all_reduce(self.linear_method.apply(self, x, None))
         return y if self.bias is None else y + self.bias

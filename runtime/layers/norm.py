@@ -1,9 +1,13 @@
 """RMSNorm in the two conventions checkpoints use."""
 
+from typing import Self
+
 import torch
 from torch import nn
 
-from porter.kernels.rms_norm import rms_norm
+from porter.kernels.rms_norm import add_rms_norm, rms_norm
+from porter.kernels.rotate import HeadNorm
+from porter.runtime.deferred import Deferred, Sum, can_defer, materialize
 
 
 class RMSNorm(nn.Module):
@@ -17,4 +21,32 @@ class RMSNorm(nn.Module):
         self.unit_offset = unit_offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, Sum) and x.is_pending:
+            return x.apart(lambda a, b: add_rms_norm(a, b, self.weight, self.eps, self.unit_offset))
+        x = materialize(x)
+        if x.dim() == 3 and can_defer(x):
+            return NormedHeads(x, HeadNorm(self.weight, self.eps, self.unit_offset))
         return rms_norm(x, self.weight, self.eps, self.unit_offset)
+
+
+class NormedHeads(Deferred):
+    """x `[T, heads, head_dim]`, each head normalised: attention does it while it loads them."""
+
+    def __new__(cls, x: torch.Tensor, norm: HeadNorm) -> Self:
+        return cls.like(x, tuple(x.shape))
+
+    def __init__(self, x: torch.Tensor, norm: HeadNorm) -> None:
+        super().__init__(x)
+        self.heads = x
+        self.norm = norm
+
+    def compute(self) -> torch.Tensor:
+        return rms_norm(self.heads, self.norm.weight, self.norm.eps, self.norm.unit_offset)
+
+
+def split_norm(x: torch.Tensor) -> tuple[torch.Tensor, HeadNorm | None]:
+    """x as (heads, the norm that is still to be applied to them)."""
+    if isinstance(x, NormedHeads) and x.is_pending:
+        x.check_inputs()
+        return x.heads, x.norm
+    return materialize(x), None

@@ -191,6 +191,7 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim = get_rotary_dim(rope_parameters, head_dim) if rotary_dim is None else rotary_dim
         # Not a buffer: a cast of the model must not round it.
         self.inv_freq, self.attention_scaling = rope_init(rope_parameters, self.rotary_dim, max_position)
+        self._known: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if self.inv_freq.device != positions.device:
@@ -199,3 +200,12 @@ class RotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         scale = self.attention_scaling
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+    def tables(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of positions 0 to at least `length - 1`: `[positions, rotary_dim // 2]`, made once."""
+        known = self._known.get((dtype, device))
+        if known is None or len(known[0]) < length:
+            cos, sin = self(torch.arange(length, device=device), dtype)
+            half = self.rotary_dim // 2
+            known = self._known[dtype, device] = cos[:, :half].contiguous(), sin[:, :half].contiguous()
+        return known
