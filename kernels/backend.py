@@ -21,10 +21,10 @@ def _load() -> tuple[Any, Any]:
         else:
             return triton, triton.language
 
-    def undecorated(function: Callable[..., object]) -> Callable[..., object]:
-        return function
+    def jit(function: Callable[..., object] | None = None, **options: object) -> object:
+        return (lambda decorated: decorated) if function is None else function
 
-    return SimpleNamespace(jit=undecorated), SimpleNamespace(constexpr=int)
+    return SimpleNamespace(jit=jit), SimpleNamespace(constexpr=int)
 
 
 triton, tl = _load()

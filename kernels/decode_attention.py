@@ -30,18 +30,22 @@ CASES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# What a step's batch decides is not specialised on, or kernels would be compiled while serving
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["stride_table", "splits"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "context_lens_ptr", "positions_ptr", "slot_mapping_ptr"],
+)
 def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     query_ptr, key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, out_ptr,
     sinks_ptr, slopes_ptr, query_norm_ptr, key_norm_ptr, cos_ptr, sin_ptr, positions_ptr, slot_mapping_ptr,
     block_tables_ptr, context_lens_ptr, acc_ptr, total_ptr, counters_ptr,
     stride_query, stride_query_head, stride_key, stride_key_head, stride_value, stride_value_head,
     stride_block, stride_slot, stride_kv_head, stride_table,
-    scaling, softcap, window, group, head_dim, rotary_dim, block_size, query_eps, key_eps,
+    scaling, softcap, window, group, head_dim, rotary_dim, block_size, query_eps, key_eps, splits,
     QUERY_NORM: tl.constexpr, QUERY_OFFSET: tl.constexpr, KEY_NORM: tl.constexpr, KEY_OFFSET: tl.constexpr,
     ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, STORE: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
-    ALIBI_DTYPE: tl.constexpr, UPCAST: tl.constexpr, SPLITS: tl.constexpr,
+    ALIBI_DTYPE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # One program: the query heads that share a KV head of one sequence, over one share of its keys.
@@ -52,7 +56,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     begin = 0
     if WINDOW:
         begin = tl.maximum(context_len - window, 0)
-    share = tl.cdiv(tl.cdiv(context_len - begin, SPLITS), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(context_len - begin, splits), BLOCK_N) * BLOCK_N
     active = tl.cdiv(context_len - begin, tl.maximum(share, 1))
     if split < active:
         low = begin + split * share
@@ -128,7 +132,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         last = active <= 1
         if active > 1:
             pair = sequence * tl.num_programs(1) + kv_head
-            part = (pair * SPLITS + split) * BLOCK_G + rows
+            part = (pair * splits + split) * BLOCK_G + rows
             tl.store(acc_ptr + part[:, None] * BLOCK_D + dims[None, :], acc)
             tl.store(total_ptr + part * 2, highest)
             tl.store(total_ptr + part * 2 + 1, total)
@@ -141,7 +145,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
                 total = tl.zeros([BLOCK_G], tl.float32)
                 acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
                 for other in range(0, active):
-                    part = (pair * SPLITS + other) * BLOCK_G + rows
+                    part = (pair * splits + other) * BLOCK_G + rows
                     part_highest = tl.load(total_ptr + part * 2, cache_modifier=".cg")
                     new_highest = tl.maximum(highest, part_highest)
                     shrink, factor = tl.exp(highest - new_highest), tl.exp(part_highest - new_highest)
@@ -216,14 +220,14 @@ def _launch(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache.stride(1), kv_cache.stride(2), kv_cache.stride(3), batch.block_tables.stride(0),
         traits.scaling, traits.softcap or 1.0, traits.sliding_window or 0, group, head_dim, rotary_dim,
-        kv_cache.shape[2], query_eps, key_eps,
+        kv_cache.shape[2], query_eps, key_eps, splits,
         QUERY_NORM=norms[0] is not None, QUERY_OFFSET=norms[0] is not None and norms[0].unit_offset,
         KEY_NORM=norms[1] is not None, KEY_OFFSET=norms[1] is not None and norms[1].unit_offset,
         ROTATE=rotation is not None, INTERLEAVED=rotation is not None and rotation.interleaved, STORE=store,
         SOFTCAP=traits.softcap is not None, WINDOW=traits.sliding_window is not None, SINKS=sinks is not None,
         ALIBI=alibi_slopes is not None, ALIBI_DTYPE=types[traits.alibi_dtype or torch.float32],
         # the interpreter can't multiply bfloat16 matrices
-        UPCAST=not query.is_cuda and query.dtype == torch.bfloat16, SPLITS=splits,
+        UPCAST=not query.is_cuda and query.dtype == torch.bfloat16,
         BLOCK_G=block_g, BLOCK_N=32 if block_d > 128 else _BLOCK_N, BLOCK_D=block_d, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

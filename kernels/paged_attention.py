@@ -166,7 +166,11 @@ def _attend(  # type: ignore[no-untyped-def]
     return acc, total, highest
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# What a step's batch decides is not specialised on, or kernels would be compiled while serving
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "context_lens_ptr", "cu_seqlens_q_ptr"],
+)
 def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     query_ptr, key_ptr, value_ptr, out_ptr, sinks_ptr, slopes_ptr,
     block_tables_ptr, context_lens_ptr, cu_seqlens_q_ptr,

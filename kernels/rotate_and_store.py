@@ -23,7 +23,9 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"],
+)
 def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     query_ptr, key_ptr, value_ptr, out_ptr, key_cache_ptr, value_cache_ptr,
     query_norm_ptr, key_norm_ptr, cos_ptr, sin_ptr, positions_ptr, slot_mapping_ptr,

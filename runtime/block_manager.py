@@ -56,17 +56,18 @@ class BlockManager:
                 del self._free[block]
             self._ref_counts[block] += 1
         seq.block_table += prefix
+        seq.num_committed += len(prefix) * self.block_size
         seq.block_table += [self._take_free_block() for _ in range(num_new)]
         return True
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
-        """Let others share the full blocks of the first `num_tokens` tokens, which this step completes."""
+        """Let others share the full blocks of the first `num_tokens` tokens, which are known and computed by now."""
         if not self.enable_prefix_caching:
             return
-        first = min(seq.num_computed_tokens, num_tokens) // self.block_size
-        last = num_tokens // self.block_size
-        if first == last:
+        first, last = seq.num_committed // self.block_size, num_tokens // self.block_size
+        if first >= last:
             return
+        seq.num_committed = last * self.block_size
         self._extend_hashes(seq, num_tokens)
         for block, block_hash in zip(seq.block_table[first:last], seq.block_hashes[first:last], strict=True):
             if self._hashes[block] is None and block_hash not in self._block_of_hash:
@@ -82,6 +83,7 @@ class BlockManager:
                 if self._hashes[block] is None:
                     self._free.move_to_end(block, last=False)
         seq.block_table.clear()
+        seq.num_committed = 0
 
     def reset_prefix_cache(self) -> None:
         """Forget all prefixes; blocks in use stay in use."""

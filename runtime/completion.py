@@ -20,7 +20,7 @@ class Completion:
         self._text = ""
         self._eos_ids = frozenset() if seq.params.ignore_eos else eos_ids
         length = max_model_len - len(seq.prompt_token_ids)
-        self._max_tokens = min(length, seq.params.max_tokens or length)
+        self.max_tokens = min(length, seq.params.max_tokens or length)
         self._detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None and seq.params.detokenize:
             skip = seq.params.skip_special_tokens
@@ -39,7 +39,7 @@ class Completion:
             self._check_token(token_id)
         if self.finish_reason is None and not self._lazy:
             self._decode(num_output)
-        if self.finish_reason is None and num_output >= self._max_tokens:
+        if self.finish_reason is None and num_output >= self.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             self._finish_text(num_output)

@@ -15,10 +15,12 @@ import numpy.typing as npt
 import torch
 
 from porter.runtime.config import EngineConfig
+from porter.runtime.cuda_runner import CudaRunner
 from porter.runtime.errors import ConfigError, EngineError, WorkerError
-from porter.runtime.model_runner import ModelRunner, PromptTargets, StepOutput
+from porter.runtime.model_runner import Launched, ModelRunner, PromptTargets
 from porter.runtime.parallel import destroy_parallel, init_parallel
 from porter.runtime.sampling import SamplingMetadata
+from porter.runtime.sampling_batch import PlainSampling
 
 _START_TIMEOUT = 120.0
 _STOP_TIMEOUT = 5.0
@@ -71,7 +73,7 @@ class Worker:
 
 
 class Executor:
-    """`execute` runs one step on every rank and returns what rank 0 sampled.
+    """`launch` starts one step on every rank; its result is what rank 0 sampled.
 
     After a failure of any rank each call raises WorkerError. `shutdown` stops the other processes; it also happens when
     the executor is collected, at interpreter exit, and in the workers themselves when this process dies.
@@ -85,7 +87,7 @@ class Executor:
         try:
             if config.tensor_parallel_size > 1:
                 self._start_workers()
-            self._runner = ModelRunner(config)
+            self._runner = _make_runner(config)
             for worker in self._workers:
                 worker.expect("loaded")
             self.num_blocks = self._allocate()
@@ -93,20 +95,24 @@ class Executor:
             self._terminate()
             raise
 
-    def execute(
+    def launch(
         self,
         buffer: npt.NDArray[np.uint8],
-        sampling_metadata: SamplingMetadata,
-        prompt_targets: PromptTargets | None = None,
-    ) -> StepOutput:
-        """Run the step in `buffer` (see step_input) on all ranks."""
+        sampling_metadata: SamplingMetadata | None,
+        prompt_targets: PromptTargets | None,
+        plain: PlainSampling,
+    ) -> Launched:
+        """Start the step in `buffer` (see step_input) on all ranks. `sampling_metadata` may be None for a runner that
+        `runs_ahead` when `plain` says all."""
         if self.config.tensor_parallel_size == 1:
-            output = self._runner.execute(buffer, sampling_metadata, prompt_targets)
-        else:
-            self._send(("execute", buffer))
-            output = self._guarded(self._runner.execute, buffer, sampling_metadata, prompt_targets)
-        assert output is not None
-        return output
+            return self._runner.launch(buffer, sampling_metadata, prompt_targets, plain)
+        self._send(("execute", buffer))
+        return Launched(self._guarded(self._runner.execute, buffer, sampling_metadata, prompt_targets))
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it is done."""
+        return isinstance(self._runner, CudaRunner)
 
     @property
     def model(self) -> Any:
@@ -183,6 +189,11 @@ class Executor:
         for worker in self._workers:
             worker.process.terminate()
         self.shutdown()
+
+
+def _make_runner(config: EngineConfig) -> ModelRunner:
+    on_one_gpu = config.device.type == "cuda" and config.tensor_parallel_size == 1
+    return CudaRunner(config) if on_one_gpu else ModelRunner(config)
 
 
 def worker_main(rank: int, config: EngineConfig, init_method: str, pipe: Connection) -> None:

@@ -1,8 +1,9 @@
 """The engine behind LLM and servers: requests in, steps, outputs."""
 
 import time
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,12 +14,12 @@ from porter.runtime.completion import Completion
 from porter.runtime.config import EngineConfig
 from porter.runtime.errors import RequestError
 from porter.runtime.executor import Executor
-from porter.runtime.model_runner import PromptTargets
+from porter.runtime.model_runner import Launched, PromptTargets
 from porter.runtime.outputs import Logprob, RequestMetrics, RequestOutput, TokenLogprobs
-from porter.runtime.sampling import LogprobsTensors, RequestOutputKind, SamplingParams
-from porter.runtime.sampling_batch import build_sampling_metadata, child_seed
+from porter.runtime.sampling import LogprobsTensors, RequestOutputKind, SamplingMetadata, SamplingParams
+from porter.runtime.sampling_batch import PlainSampling, build_sampling_metadata, child_seed, is_plain
 from porter.runtime.scheduler import ScheduledBatch, Scheduler
-from porter.runtime.sequence import Sequence
+from porter.runtime.sequence import Sequence, SequenceStatus
 from porter.runtime.step_input import BatchArrays, IntArray
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -49,6 +50,19 @@ class _Request:
         )
 
 
+# A sequence, its first and last + 1 prompt position with a wanted row in a step, and the place of the first one's row
+_PromptSpan = tuple[Sequence, int, int, int]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A launched step: the sequences that get a token, and those that get prompt logprobs."""
+
+    launched: Launched
+    sampled: list[Sequence]
+    prompt_spans: list[_PromptSpan]
+
+
 class LLMEngine:
     """Serves requests by steps: `add_request`, then `step` until `has_unfinished_requests` is False.
 
@@ -66,8 +80,11 @@ class LLMEngine:
         self.vocab_size = int(config.hf_config.get_text_config().vocab_size)
         self.block_manager = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
-        self._arrays = BatchArrays(config.max_num_seqs, config.max_model_len, config.block_size)
+        # kernels read rows of tables that begin at multiples of 64 bytes
+        multiple = 16 if config.device.type == "cuda" else 1
+        self._arrays = BatchArrays(config.max_num_seqs, config.max_model_len, config.block_size, multiple)
         self._requests: dict[str, _Request] = {}
+        self._steps: deque[_Step] = deque()
         self._seeds = np.random.default_rng(config.seed)
         self._token_text = lru_cache(maxsize=65536)(self._decode_token)
 
@@ -86,6 +103,7 @@ class LLMEngine:
             seq = Sequence(request_id, list(token_ids), params, index, child_seed(base, index), stop_ids)
             seq.num_prompt_logprobs = wanted
             completions.append(Completion(seq, self.tokenizer, self.eos_token_ids, self.config.max_model_len))
+            seq.max_length = len(token_ids) + completions[-1].max_tokens
             self.scheduler.add(seq)
         text = prompt if isinstance(prompt, str) else None
         self._requests[request_id] = _Request(text, completions, params.prompt_logprobs)
@@ -102,28 +120,60 @@ class LLMEngine:
         return request.render(request_id)
 
     def has_unfinished_requests(self) -> bool:
-        return self.scheduler.has_unfinished()
+        return self.scheduler.has_unfinished() or bool(self._steps)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; returns what is new, as each request's `output_kind` asks."""
+        """Launch a step and take in one; returns what is new, as each request's `output_kind` asks.
+
+        On a GPU the step taken in is the one before, so that the GPU runs one while the host prepares the next: a
+        sequence that ends is noticed one step late, and what was computed for it since is dropped.
+        """
+        outputs = []
+        ahead = 1 if self._may_run_ahead() else 0
+        while len(self._steps) > ahead:
+            outputs += self._take_step()
         batch = self.scheduler.schedule()
-        if not batch.sequences:
-            return []
+        if batch.sequences:
+            self._steps.append(self._launch(batch))
+        if len(self._steps) > ahead or (self._steps and not batch.sequences):
+            outputs += self._take_step()
+        return outputs
+
+    def _may_run_ahead(self) -> bool:
+        """Penalties need to know every token before the next is sampled."""
+        return self.executor.runs_ahead and not any(seq.params.has_penalties for seq in self.scheduler.running)
+
+    def _launch(self, batch: ScheduledBatch) -> _Step:
         self._arrays.sync(batch)
         ends = np.cumsum(batch.num_new_tokens)
+        spans = list(self._prompt_spans(batch, ends))
         places = [i for i, seq in enumerate(batch.sequences) if self._reaches_end(seq, batch.num_new_tokens[i])]
-        rows, targets = self._prompt_rows(batch, ends)
+        rows, targets = self._prompt_rows(spans)
         buffer = self._arrays.pack(batch, np.array(places, dtype=np.int64), rows)
         sampled = [batch.sequences[i] for i in places]
-        metadata = build_sampling_metadata(sampled, self.vocab_size, self.config.device)
         now = time.monotonic()
         for seq in batch.admitted:
             metrics = self._requests[seq.request_id].metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or now
-        output = self.executor.execute(buffer, metadata, targets)
-        self._take_prompt_logprobs(batch, output.prompt_logprobs)
+        launched = self.executor.launch(buffer, self._metadata(sampled), targets, PlainSampling.of(sampled))
         self.scheduler.mark_computed(batch)
-        return self._take_tokens(sampled, output.token_ids, output.logprobs)
+        for seq in sampled:
+            seq.num_in_flight += 1
+        for seq, _, stop, _ in spans:
+            seq.num_prompt_logprobs_done = stop
+        return _Step(launched, sampled, spans)
+
+    def _metadata(self, sampled: list[Sequence]) -> SamplingMetadata | None:
+        if self.executor.runs_ahead and all(is_plain(seq.params) for seq in sampled):
+            return None
+        return build_sampling_metadata(sampled, self.vocab_size, self.config.device)
+
+    def _take_step(self) -> list[RequestOutput]:
+        step = self._steps.popleft()
+        output = step.launched.result()
+        assert output is not None
+        self._take_prompt_logprobs(step.prompt_spans, output.prompt_logprobs)
+        return self._take_tokens(step.sampled, output.token_ids, output.logprobs)
 
     def shutdown(self) -> None:
         """Stop the processes of the other ranks, if there are any."""
@@ -131,7 +181,7 @@ class LLMEngine:
 
     @staticmethod
     def _reaches_end(seq: Sequence, num_new: int) -> bool:
-        return seq.num_computed_tokens + num_new == seq.num_tokens
+        return seq.num_computed_tokens + num_new == seq.num_tokens + seq.num_in_flight
 
     def _shortened(self, config: EngineConfig, num_blocks: int) -> EngineConfig:
         capacity = num_blocks * config.block_size
@@ -164,9 +214,9 @@ class LLMEngine:
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer", "use stop_token_ids")
 
-    def _prompt_rows(self, batch: ScheduledBatch, ends: IntArray) -> tuple[IntArray, PromptTargets | None]:
+    def _prompt_rows(self, spans: list[_PromptSpan]) -> tuple[IntArray, PromptTargets | None]:
         rows, targets, most = [], [], 0
-        for seq, start, stop, place in self._prompt_spans(batch, ends):
+        for seq, start, stop, place in spans:
             rows.append(np.arange(stop - start) + place)
             targets.append(np.array(seq.prompt_token_ids[start + 1 : stop + 1], dtype=np.int64))
             most = max(most, seq.num_prompt_logprobs or 0)
@@ -174,8 +224,7 @@ class LLMEngine:
             return _NO_ROWS, None
         return np.concatenate(rows), PromptTargets(np.concatenate(targets), most)
 
-    def _prompt_spans(self, batch: ScheduledBatch, ends: IntArray) -> Iterable[tuple[Sequence, int, int, int]]:
-        """(sequence, first and last + 1 prompt position with a wanted row in this step, the first one's place)."""
+    def _prompt_spans(self, batch: ScheduledBatch, ends: IntArray) -> Iterable[_PromptSpan]:
         for seq, num_new, end in zip(batch.sequences, batch.num_new_tokens, ends.tolist(), strict=True):
             if seq.num_prompt_logprobs is None:
                 continue
@@ -184,27 +233,29 @@ class LLMEngine:
             if start < stop:
                 yield seq, start, stop, end - num_new + start - seq.num_computed_tokens
 
-    def _take_prompt_logprobs(self, batch: ScheduledBatch, found: list[LogprobsTensors]) -> None:
+    def _take_prompt_logprobs(self, spans: list[_PromptSpan], found: list[LogprobsTensors]) -> None:
         if not found:
             return
         rows = [row for tensors in found for row in _rows(tensors)]
-        place = 0
-        for seq, start, stop, _ in self._prompt_spans(batch, np.cumsum(batch.num_new_tokens)):
-            listed = self._requests[seq.request_id].prompt_logprobs
-            assert listed is not None
-            assert seq.num_prompt_logprobs is not None
-            for row in rows[place : place + stop - start]:
-                listed.append(self._token_logprobs(row, seq.num_prompt_logprobs))
-            seq.num_prompt_logprobs_done = stop
-            place += stop - start
+        first = 0
+        for seq, start, stop, _ in spans:
+            request = self._requests.get(seq.request_id)
+            if request is not None and request.prompt_logprobs is not None and seq.num_prompt_logprobs is not None:
+                for row in rows[first : first + stop - start]:
+                    request.prompt_logprobs.append(self._token_logprobs(row, seq.num_prompt_logprobs))
+            first += stop - start
 
     def _take_tokens(
         self, sampled: list[Sequence], token_ids: list[int], logprobs: LogprobsTensors | None
     ) -> list[RequestOutput]:
         rows = None if logprobs is None else _rows(logprobs)
-        self._arrays.append([seq.row for seq in sampled], token_ids)
+        running = [i for i, seq in enumerate(sampled) if seq.status is SequenceStatus.RUNNING]
+        self._arrays.append([sampled[i].row for i in running], [token_ids[i] for i in running])
         touched: dict[str, _Request] = {}
         for i, (seq, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
+            seq.num_in_flight -= 1
+            if seq.status is SequenceStatus.FINISHED:
+                continue
             request = touched[seq.request_id] = self._requests[seq.request_id]
             completion = request.completions[seq.index]
             if rows is not None and seq.params.logprobs is not None:

@@ -13,12 +13,14 @@ from torch import nn
 
 from porter.runtime.checkpoint import iterate_weights
 from porter.runtime.config import EngineConfig
+from porter.runtime.deferred import materialize
 from porter.runtime.layers.linear import LinearMethod
 from porter.runtime.layers.packing import pack_weights
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_registry import load_port
 from porter.runtime.quantization.registry import get_linear_method
 from porter.runtime.sampling import LogprobsTensors, SamplerOutput, SamplingMetadata, gather_logprobs
+from porter.runtime.sampling_batch import PlainSampling
 from porter.runtime.step_input import StepInput, unpack
 
 # Prompt logprobs need logits for every prompt token: so many are made at once
@@ -41,6 +43,17 @@ class StepOutput:
     token_ids: list[int]
     logprobs: LogprobsTensors | None = None
     prompt_logprobs: list[LogprobsTensors] = field(default_factory=list)
+
+
+class Launched:
+    """A step that was started."""
+
+    def __init__(self, output: StepOutput | None) -> None:
+        self._output = output
+
+    def result(self) -> StepOutput | None:
+        """What came of it; None on ranks that do not sample."""
+        return self._output
 
 
 class ModelRunner:
@@ -68,17 +81,31 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Run the largest step once, so that what it needs besides the cache shows in the free memory."""
         num_tokens = min(self.config.max_num_batched_tokens, self.config.max_model_len)
-        self.allocate(1)
+        self.kv_caches = self.make_caches(1)
         self.execute_hidden(dummy_step(num_tokens, self.config.block_size, self.config.device))
         self.kv_caches = []
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache; zeros, so that no stale NaN can enter a masked product."""
+        """Make the KV cache."""
+        self.kv_caches = self.make_caches(num_blocks)
+
+    def make_caches(self, num_blocks: int) -> list[torch.Tensor]:
+        """A cache for each attention layer; zeros, so that no stale NaN can enter a masked product."""
         config = self.config
         shapes = [layer.cache_shape(num_blocks, config.block_size) for layer in self.attention_layers]
-        self.kv_caches = [torch.zeros(shape, dtype=config.dtype, device=config.device) for shape in shapes]
+        return [torch.zeros(shape, dtype=config.dtype, device=config.device) for shape in shapes]
 
-    @torch.inference_mode()
+    def launch(
+        self,
+        buffer: npt.NDArray[np.uint8],
+        sampling_metadata: SamplingMetadata | None = None,
+        prompt_targets: PromptTargets | None = None,
+        plain: PlainSampling | None = None,
+    ) -> Launched:
+        """Run the step in `buffer`, now."""
+        return Launched(self.execute(buffer, sampling_metadata, prompt_targets))
+
+    @torch.no_grad()
     def execute(
         self,
         buffer: npt.NDArray[np.uint8],
@@ -101,9 +128,10 @@ class ModelRunner:
 
     def execute_hidden(self, step: StepInput) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] of a step."""
-        with torch.inference_mode():
-            hidden: torch.Tensor = self.model(step.input_ids, step.positions, self.kv_caches, step.attn_metadata)
-            return hidden
+        # on a GPU results are deferred, which counts changes in place: inference mode would not
+        with torch.no_grad() if step.input_ids.is_cuda else torch.inference_mode():
+            hidden = self.model(step.input_ids, step.positions, self.kv_caches, step.attn_metadata)
+            return materialize(hidden)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, targets: PromptTargets | None) -> list[LogprobsTensors]:
         found = []

@@ -1,13 +1,14 @@
 """Builds a batch's SamplingMetadata from its sequences."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from porter.runtime.sampling import GREEDY, SamplingMetadata, SparseLogits
+from porter.runtime.sampling import GREEDY, SamplingMetadata, SamplingParams, SparseLogits
 from porter.runtime.sequence import Sequence
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -26,6 +27,30 @@ def mix(seeds: npt.NDArray[np.uint64], steps: npt.NDArray[np.uint64]) -> npt.NDA
 def child_seed(seed: int, index: int) -> int:
     """The seed of sample `index` of a request."""
     return int(mix(np.array([seed % 2**64], dtype=np.uint64), np.array([2**32 + index], dtype=np.uint64))[0])
+
+
+@dataclass(frozen=True)
+class PlainSampling:
+    """For each sampled sequence [n]: its engine row and 64 random bits (int64), and its temperature (float32).
+
+    All that sampling by temperature alone needs; `SamplingMetadata` says the rest where a row wants more.
+    """
+
+    rows: npt.NDArray[np.int64]
+    seeds: npt.NDArray[np.int64]
+    temperature: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> "PlainSampling":
+        rows = np.array([seq.row for seq in sequences], dtype=np.int64)
+        temperature = np.array([seq.params.temperature for seq in sequences], dtype=np.float32)
+        return cls(rows, _random_bits(sequences).view(np.int64), temperature)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a request is sampled by its temperature alone."""
+    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return not (filtered or params.has_penalties or params.logit_bias or params.min_tokens) and params.logprobs is None
 
 
 def build_sampling_metadata(sequences: list[Sequence], vocab_size: int, device: torch.device) -> SamplingMetadata:
@@ -58,17 +83,21 @@ def _indices(values: npt.ArrayLike, device: torch.device) -> torch.Tensor:
 
 
 def _uniform(sequences: list[Sequence]) -> npt.NDArray[np.float64]:
-    seeds = np.array([seq.seed for seq in sequences], dtype=np.uint64)
-    steps = np.array([len(seq.output_token_ids) for seq in sequences], dtype=np.uint64)
     # 48 bits: the product with a total near 1 stays below the total
-    uniform: npt.NDArray[np.float64] = (mix(seeds, steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
+    uniform: npt.NDArray[np.float64] = (_random_bits(sequences) >> np.uint64(16)).astype(np.float64) * 2.0**-48
     return uniform
+
+
+def _random_bits(sequences: list[Sequence]) -> npt.NDArray[np.uint64]:
+    seeds = np.array([seq.seed for seq in sequences], dtype=np.uint64)
+    steps = np.array([seq.num_output for seq in sequences], dtype=np.uint64)
+    return mix(seeds, steps)
 
 
 def _bias(row: int, seq: Sequence) -> Iterable[tuple[int, int, float]]:
     for token, bias in (seq.params.logit_bias or {}).items():
         yield row, token, bias
-    if len(seq.output_token_ids) < seq.params.min_tokens:
+    if seq.num_output < seq.params.min_tokens:
         for token in seq.stop_ids:
             yield row, token, -np.inf
 

@@ -27,7 +27,7 @@ class ScheduledBatch:
 
 
 class Scheduler:
-    """First come, first served; when blocks run out the newest running sequence is preempted and recomputed later."""
+    """First come, first served; a sequence goes on while the token before is in flight (`num_in_flight`); when blocks run out the newest running sequence is preempted and recomputed later."""
 
     def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.block_manager = block_manager
@@ -67,7 +67,7 @@ class Scheduler:
         sampled = []
         for i, (seq, num_new) in enumerate(zip(batch.sequences, batch.num_new_tokens, strict=True)):
             seq.num_computed_tokens += num_new
-            if seq.num_computed_tokens == seq.num_tokens:
+            if seq.num_computed_tokens == seq.num_tokens + seq.num_in_flight:
                 sampled.append(i)
         return sampled
 
@@ -75,7 +75,12 @@ class Scheduler:
         i = 0
         while i < len(self.running) and budget > 0:
             seq = self.running[i]
-            num_new = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            length = seq.num_tokens + seq.num_in_flight
+            if length >= seq.max_length:
+                # its last token is in flight
+                i += 1
+                continue
+            num_new = min(length - seq.num_computed_tokens, budget)
             if not self._grow(seq, seq.num_computed_tokens + num_new, batch):
                 break
             self._append(batch, seq, num_new)
@@ -128,7 +133,7 @@ class Scheduler:
 
     def _append(self, batch: ScheduledBatch, seq: Sequence, num_new: int) -> None:
         # Within a step all keys are stored before any are read, so a prefix may be shared from here on
-        self.block_manager.commit(seq, seq.num_computed_tokens + num_new)
+        self.block_manager.commit(seq, min(seq.num_computed_tokens + num_new, seq.num_tokens))
         batch.sequences.append(seq)
         batch.num_new_tokens.append(num_new)
 

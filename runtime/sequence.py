@@ -20,6 +20,8 @@ class Sequence:
     `block_table` holds block ids, `block_hashes` the prefix hashes of its full blocks as far as known, and `row` its
     row in the batch arrays while it runs. `num_computed_tokens` tokens have their keys and values in the cache;
     `num_cached_tokens` of them came from a shared prefix when it first ran, -1 before that.
+    `num_in_flight` tokens are being sampled by a step that still runs; `max_length` counts prompt and output.
+    `num_committed` tokens lie in blocks whose prefix others may share.
     `num_prompt_logprobs` are wanted for each prompt token (None: not at all), and done for the first few.
     """
 
@@ -34,6 +36,9 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = -1
+    num_in_flight: int = 0
+    num_committed: int = 0
+    max_length: int = 2**62
     num_prompt_logprobs: int | None = None
     num_prompt_logprobs_done: int = 0
     row: int = -1
@@ -42,6 +47,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the output, those in flight included."""
+        return len(self.output_token_ids) + self.num_in_flight
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids `start` to `stop` of the prompt followed by the output."""

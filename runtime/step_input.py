@@ -12,7 +12,7 @@ from porter.runtime.scheduler import ScheduledBatch
 
 IntArray = npt.NDArray[np.int64]
 
-_HEADER = 7  # number of int64 fields before the arrays
+HEADER_FIELDS = 8  # number of int64 fields before the arrays
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class StepInput:
 
 def unpack(buffer: torch.Tensor, device: torch.device) -> StepInput:
     """The step in a buffer (uint8, on the host) made by `BatchArrays.pack`; one copy to the device."""
-    header = buffer[: _HEADER * 8].view(torch.int64).tolist()
-    num_tokens, num_seqs, max_blocks, num_rows, num_sampled, max_seqlen_q, max_context_len = header
+    header = buffer[: HEADER_FIELDS * 8].view(torch.int64).tolist()
+    num_tokens, num_seqs, max_blocks, num_rows, num_sampled, max_seqlen_q, max_context_len, num_decodes = header
     if device.type == "cuda":
         buffer = buffer.pin_memory()
-    data = buffer[_HEADER * 8 :].to(device, non_blocking=True)
+    data = buffer[HEADER_FIELDS * 8 :].to(device, non_blocking=True)
     split = 8 * (3 * num_tokens + num_rows)
     wide, narrow = data[:split].view(torch.int64), data[split:].view(torch.int32)
     input_ids, positions, slot_mapping, logits_rows = torch.split(wide, [num_tokens, num_tokens, num_tokens, num_rows])
@@ -48,18 +48,27 @@ def unpack(buffer: torch.Tensor, device: torch.device) -> StepInput:
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
         max_context_len=max_context_len,
+        num_decodes=num_decodes,
     )
     return StepInput(input_ids, positions, metadata, logits_rows, num_sampled)
+
+
+def is_decode(buffer: npt.NDArray[np.uint8]) -> bool:
+    """Whether a packed step is one new token, and its sampling, for each sequence."""
+    num_tokens, num_seqs, _, num_rows, num_sampled, *_ = buffer[: HEADER_FIELDS * 8].view(np.int64).tolist()
+    return bool(num_tokens == num_seqs == num_rows == num_sampled)
 
 
 class BatchArrays:
     """Token ids and block tables of the running sequences, one row each, so that a step is cut out by indexing."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, table_multiple: int = 1) -> None:
+        """table_multiple: block tables are padded to such a multiple of columns."""
         self.block_size = block_size
+        self._table_multiple = table_multiple
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size) + 1), dtype=np.int32)
+        self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size) + table_multiple), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
 
     def sync(self, batch: ScheduledBatch) -> None:
@@ -85,7 +94,10 @@ class BatchArrays:
         return self._token_ids[row, start:stop].astype(np.int64)
 
     def pack(self, batch: ScheduledBatch, sampled: IntArray, prompt_rows: IntArray) -> npt.NDArray[np.uint8]:
-        """The step as one buffer: `sampled` are places in the batch, `prompt_rows` places among the step's tokens."""
+        """The step as one buffer: `sampled` are places in the batch, `prompt_rows` places among the step's tokens.
+
+        A token that is still being sampled goes in as -(row + 1).
+        """
         rows = np.array([seq.row for seq in batch.sequences], dtype=np.int64)
         computed = np.array([seq.num_computed_tokens for seq in batch.sequences], dtype=np.int64)
         num_new = np.array(batch.num_new_tokens, dtype=np.int64)
@@ -95,10 +107,13 @@ class BatchArrays:
         token_rows = np.repeat(rows, num_new)
         blocks = self._block_tables[token_rows, positions // self.block_size].astype(np.int64)
         max_blocks = -(-int(context_lens.max()) // self.block_size)
+        max_blocks = -(-max_blocks // self._table_multiple) * self._table_multiple
+        num_decodes = int((num_new != 1).argmax()) if (num_new != 1).any() else len(rows)
         header = (len(positions), len(rows), max_blocks, len(sampled) + len(prompt_rows), len(sampled))
+        known = positions < self._num_tokens[token_rows]
         wide = (
-            (*header, int(num_new.max()), int(context_lens.max())),
-            self._token_ids[token_rows, positions],
+            (*header, int(num_new.max()), int(context_lens.max()), num_decodes),
+            np.where(known, self._token_ids[token_rows, positions], -token_rows - 1),
             positions,
             blocks * self.block_size + positions % self.block_size,
             cu_seqlens[1:][sampled] - 1,
