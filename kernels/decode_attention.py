@@ -92,10 +92,9 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
             query = query.to(tl.float32)
         highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
-        if SINKS:
-            if split == 0:
-                highest = tl.load(sinks_ptr + heads, mask=live, other=0.0).to(tl.float32)
-                total += 1.0
+        if SINKS and split == 0:
+            highest = tl.load(sinks_ptr + heads, mask=live, other=0.0).to(tl.float32)
+            total += 1.0
         if ALIBI:
             slope = tl.load(slopes_ptr + heads, mask=live, other=0.0).to(ALIBI_DTYPE).to(tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -280,9 +279,22 @@ def decode_attention(
     """One token a sequence, on a GPU: query `[num_seqs, heads, head_dim]`, key and value `[num_seqs, kv_heads,
     head_dim]` -> like query.
 
-    First what rotate_and_store does, unless `out` (contiguous) is given: then that was done, and `out` is filled. A context length of 0 marks a row without a sequence: its output is 0. All sizes of the launch depend on
+    First what rotate_and_store does, unless `out` (contiguous) is given: then that was done, and `out` is filled. A
+    context length of 0 marks a row without a sequence: its output is 0. All sizes of the launch depend on
     shapes alone, so it can be recorded in a CUDA graph.
     """
     return _launch(
-        query, key, value, kv_cache, slot_mapping, positions, batch, traits, norms, rotation, sinks, alibi_slopes, out
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        positions,
+        batch,
+        traits,
+        norms,
+        rotation,
+        sinks,
+        alibi_slopes,
+        out,
+    )

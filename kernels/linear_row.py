@@ -23,7 +23,7 @@ def linear_row_reference(
     scale: torch.Tensor | None = None,
     hidden_act: str | None = None,
 ) -> torch.Tensor:
-    """x `[1, in]`, weight `[out, in]` (times scale `[out]`) -> `[1, out]`; with hidden_act, act(first half) * second."""
+    """x `[1, in]`, weight `[out, in]` (times scale `[out]`) -> `[1, out]`; hidden_act: act(first half) * second."""
     w = weight.float() if scale is None else weight.float() * scale[:, None]
     y = F.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
     return y if hidden_act is None else act_and_mul_reference(y, hidden_act)

@@ -1,4 +1,4 @@
-"""The decode step as CUDA graphs: inputs, model, logits and sampling in one launch, for batches up to each of some sizes."""
+"""The decode step as CUDA graphs: inputs, model, logits and sampling in one launch, a graph for each of some sizes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +58,19 @@ class DecodeInputs:
 
     def spread(self, size: int, last_tokens: torch.Tensor) -> None:
         """Take the first `size` rows from the buffer."""
-        arrays = (self.input_ids, self.positions, self.slot_mapping, self.context_lens, self.block_tables)
-        sampling = (self.seeds, self.rows, self.temperature)
-        decode_inputs(self.buffer, last_tokens, *(x[:size] for x in (*arrays, *sampling)), HEADER_FIELDS)
+        decode_inputs(
+            self.buffer,
+            last_tokens,
+            self.input_ids[:size],
+            self.positions[:size],
+            self.slot_mapping[:size],
+            self.context_lens[:size],
+            self.block_tables[:size],
+            self.seeds[:size],
+            self.rows[:size],
+            self.temperature[:size],
+            HEADER_FIELDS,
+        )
 
     def metadata(self, size: int, max_model_len: int) -> AttentionMetadata:
         """The first `size` rows as a step."""
@@ -82,12 +92,15 @@ class DecodeGraphs:
     sequence.
     """
 
-    def __init__(self, model: Any, kv_caches: list[torch.Tensor], config: EngineConfig, last_tokens: torch.Tensor) -> None:
+    def __init__(
+        self, model: Any, kv_caches: list[torch.Tensor], config: EngineConfig, last_tokens: torch.Tensor
+    ) -> None:
         self._model, self._kv_caches, self._config, self._last_tokens = model, kv_caches, config, last_tokens
         max_blocks = -(-config.max_model_len // config.block_size)
         self._inputs = DecodeInputs.make(config.max_num_seqs, -(-max_blocks // 16) * 16 + 16, config.device)
         size = len(self._inputs.buffer)
-        self._staging = [torch.zeros(size, dtype=torch.uint8, pin_memory=config.device.type == "cuda") for _ in range(_STAGES)]
+        on_gpu = config.device.type == "cuda"
+        self._staging = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(_STAGES)]
         self._views = [stage.numpy() for stage in self._staging]
         self._num_runs = 0
         self._pool: Any = None

@@ -1,4 +1,4 @@
-"""The model runner of a GPU: steps are launched and run while the host prepares the next; decode steps are CUDA graphs."""
+"""The model runner of a GPU: a step runs while the host prepares the next; decode steps are CUDA graphs."""
 
 import gc
 from typing import Any
@@ -20,7 +20,8 @@ from porter.runtime.step_input import StepInput, is_decode, unpack
 class CudaRunner(ModelRunner):
     """As ModelRunner, for one GPU without tensor parallelism.
 
-    An input id of -(r + 1) stands for the token that the step before sampled for engine row r: the host need not know it yet.
+    An input id of -(r + 1) stands for the token that the step before sampled for engine row r: the host need not know
+    it yet.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -61,7 +62,7 @@ class CudaRunner(ModelRunner):
         prompt_targets: PromptTargets | None = None,
         plain: PlainSampling | None = None,
     ) -> Launched:
-        """Start the step in `buffer`; `plain` says which rows sample, `sampling_metadata` how where that is not plain."""
+        """Start the step in `buffer`; `plain` says which rows sample, `sampling_metadata` how, if not plainly."""
         assert plain is not None
         if self.graphs is not None and is_decode(buffer):
             tokens, logits = self.graphs.run(buffer, plain)
@@ -115,7 +116,7 @@ class InFlight(Launched):
         self._token_ids = None if token_ids is None else _to_host(token_ids)
         self._logprobs = None if logprobs is None else _logprobs_to_host(logprobs)
         self._prompt_logprobs = [_logprobs_to_host(each) for each in prompt_logprobs]
-        self._done = torch.cuda.Event()
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._done.record()
 
     def result(self) -> StepOutput:

@@ -1,8 +1,9 @@
 """Results that are computed when they are first used: who uses them may compute more in the same kernel.
 
-A layer returns a Deferred on a GPU where a known user of its result can do the work better: RMSNorm adds and normalises
-in one pass over memory, attention normalises heads while it loads them, an activation joins the linear before it. Any other
-use, be it an operation, a method or a property with data, computes the plain result first. Nothing in a port needs to know.
+A layer returns a Deferred on a GPU where a known user of its result can do the work better: RMSNorm adds and
+normalises in one pass over memory, attention normalises heads while it loads them, an activation joins the linear
+before it. Any other use, be it an operation, a method or a property with data, computes the plain result first.
+Nothing in a port needs to know.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from porter.kernels.backend import use_triton
 from porter.runtime.errors import EngineError
 
 _ABOUT = {
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.is_cpu.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.shape.__get__,
+    torch.Tensor.dtype.__get__,
+    torch.Tensor.device.__get__,
+    torch.Tensor.is_cuda.__get__,
+    torch.Tensor.is_cpu.__get__,
+    torch.Tensor.ndim.__get__,
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,
@@ -41,7 +42,7 @@ class Deferred(torch.Tensor):
     @classmethod
     def like(cls, x: torch.Tensor, shape: tuple[int, ...]) -> Self:
         """A result of that shape, with x's dtype and device: for `__new__`."""
-        made: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device)  # type: ignore[attr-defined]
+        made: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device)
         return made
 
     def __init__(self, *inputs: torch.Tensor) -> None:
@@ -91,7 +92,9 @@ class Deferred(torch.Tensor):
         return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(Deferred, Deferred.value, (args, kwargs or {}))
         return func(*args, **kwargs)
 

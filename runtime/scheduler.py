@@ -27,7 +27,10 @@ class ScheduledBatch:
 
 
 class Scheduler:
-    """First come, first served; a sequence goes on while the token before is in flight (`num_in_flight`); when blocks run out the newest running sequence is preempted and recomputed later."""
+    """First come, first served; when blocks run out the newest running sequence is preempted and recomputed later.
+
+    A sequence goes on while its newest token is still in flight (`Sequence.num_in_flight`).
+    """
 
     def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.block_manager = block_manager

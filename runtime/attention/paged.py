@@ -7,9 +7,9 @@ from torch import nn
 from porter.kernels.backend import use_triton
 from porter.kernels.decode_attention import decode_attention
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention
+from porter.kernels.rotary_embedding import Tables, rotary_embedding, rotary_tables
 from porter.kernels.rotate import Rotation
 from porter.kernels.rotate_and_store import rotate_and_store
-from porter.kernels.rotary_embedding import Tables, rotary_embedding, rotary_tables
 from porter.kernels.store_kv_cache import store_kv_cache
 from porter.runtime.deferred import materialize
 from porter.runtime.errors import ConfigError

@@ -38,15 +38,15 @@ class NormedHeads(Deferred):
     def __init__(self, x: torch.Tensor, norm: HeadNorm) -> None:
         super().__init__(x)
         self.heads = x
-        self.norm = norm
+        self.head_norm = norm
 
     def compute(self) -> torch.Tensor:
-        return rms_norm(self.heads, self.norm.weight, self.norm.eps, self.norm.unit_offset)
+        return rms_norm(self.heads, self.head_norm.weight, self.head_norm.eps, self.head_norm.unit_offset)
 
 
 def split_norm(x: torch.Tensor) -> tuple[torch.Tensor, HeadNorm | None]:
     """x as (heads, the norm that is still to be applied to them)."""
     if isinstance(x, NormedHeads) and x.is_pending:
         x.check_inputs()
-        return x.heads, x.norm
+        return x.heads, x.head_norm
     return materialize(x), None

@@ -1,6 +1,7 @@
 """The kernels of a decode step against their references, on every case: in triton's interpreter or on a GPU."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -88,14 +89,12 @@ def test_rotate_and_store(case: dict[str, Any], dtype: torch.dtype) -> None:
     rotation = make_rotation(case["rotary_dim"], dtype, case["interleaved"])
     found, expected = (torch.zeros(2, 4, BLOCK_SIZE, num_kv_heads, dim, dtype=dtype) for _ in range(2))
     out = store_module._launch(query, key, value, found, slots, positions, norms, rotation)
-    reference = store_module.rotate_and_store_reference(
-        query, key, value, expected, slots, positions, norms, rotation
-    )
+    reference = store_module.rotate_and_store_reference(query, key, value, expected, slots, positions, norms, rotation)
     assert_close(out, reference)
     assert_close(found, expected)
 
 
-def decode_inputs(case: dict[str, Any], dtype: torch.dtype) -> tuple[tuple[Any, ...], torch.Tensor]:
+def decode_inputs(case: dict[str, Any], dtype: torch.dtype) -> tuple[list[Any], torch.Tensor]:
     heads, kv_heads, dim = case["heads"]
     contexts = case["contexts"]
     counts = [-(-context // BLOCK_SIZE) for context in contexts]
@@ -117,24 +116,26 @@ def decode_inputs(case: dict[str, Any], dtype: torch.dtype) -> tuple[tuple[Any, 
     norms = make_norms(case["norm"], dim, dtype)
     rotation = make_rotation(case["rotary_dim"], dtype, interleaved=False)
     traits = AttentionTraits(dim**-0.5, **options)
-    return (query, key, value, cache, slots, last, batch, traits, norms, rotation, sinks, slopes), cache
+    return [query, key, value, cache, slots, last, batch, traits, norms, rotation, sinks, slopes], cache
 
 
 @pytest.mark.parametrize("case", decode_module.CASES)
 @dtypes
 def test_decode_attention(case: dict[str, Any], dtype: torch.dtype) -> None:
     arguments, cache = decode_inputs(case, dtype)
+    projections, given = arguments[:3], arguments[4:]
+    run: Any = partial(decode_module._launch, splits=case["splits"])
+    reference: Any = decode_module.decode_attention_reference
     expected_cache = cache.clone()
-    expected = decode_module.decode_attention_reference(*arguments[:3], expected_cache, *arguments[4:])
-    found = decode_module._launch(*arguments, splits=case["splits"])
-    assert_close(found, expected)
+    expected = reference(*projections, expected_cache, *given)
+    assert_close(run(*projections, cache, *given), expected)
     assert_close(cache, expected_cache)
     # a second launch finds the counters as the first one did
-    ready = store_module.rotate_and_store_reference(*arguments[:3], cache.clone(), *arguments[4:6], *arguments[8:10])
-    again = decode_module._launch(
-        ready, *arguments[1:8], sinks=arguments[10], alibi_slopes=arguments[11], out=torch.empty_like(ready), splits=case["splits"]
-    )
-    assert_close(again, expected)
+    slots, positions, batch, traits, norms, rotation, sinks, slopes = given
+    prepare: Any = store_module.rotate_and_store_reference
+    ready = prepare(*projections, cache.clone(), slots, positions, norms, rotation)
+    again = (cache, slots, positions, batch, traits, (None, None), None, sinks, slopes, torch.empty_like(ready))
+    assert_close(run(ready, *projections[1:], *again), expected)
 
 
 @pytest.mark.parametrize("case", sample_module.CASES)

@@ -95,9 +95,10 @@ def test_a_deferred_result_is_an_ordinary_tensor_to_anyone_else() -> None:
         torch.testing.assert_close(heads.view(6, 8), expected.view(6, 8))
         first, _ = torch.cat((heads, heads)).chunk(2)
         torch.testing.assert_close(first, expected)
-        heads += 1
-        assert not isinstance(heads, Deferred)
-        torch.testing.assert_close(heads, expected + 1)
+        changed: torch.Tensor = heads.add_(1)
+        assert not isinstance(changed, Deferred)
+        torch.testing.assert_close(changed, expected + 1)
+        torch.testing.assert_close(heads * 1, expected + 1)
 
 
 @torch.no_grad()
