@@ -56,7 +56,7 @@ def decode_inputs(
 ) -> None:
     """Fill the arrays `[n]` (block_tables `[n, max_blocks]`) from a packed step of at most n sequences.
 
-    buffer (uint8): `header` int64 fields (the second is the number of sequences s, the third the tables' width w); int64
+    buffer (uint8): `header` int64 fields (the second: the number of sequences s, the third: the tables' width w); int64
     input ids, positions, slots and logits rows, `[s]` each; int32 context lengths `[s]`, bounds `[s + 1]` and block
     tables `[s, w]`; from the next multiple of 8 bytes on int64 seeds and rows, float32 temperatures, `[s]` each.
     An input id of -(r + 1) stands for last_tokens[r]. Rows from s on get inputs without effect.

@@ -15,13 +15,9 @@ from torch.utils._pytree import tree_map_only
 from porter.kernels.backend import use_triton
 from porter.runtime.errors import EngineError
 
+_PROPERTIES: Any = [getattr(torch.Tensor, name) for name in ("shape", "dtype", "device", "is_cuda", "is_cpu", "ndim")]
 _ABOUT = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.dtype.__get__,
-    torch.Tensor.device.__get__,
-    torch.Tensor.is_cuda.__get__,
-    torch.Tensor.is_cpu.__get__,
-    torch.Tensor.ndim.__get__,
+    *(each.__get__ for each in _PROPERTIES),
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,

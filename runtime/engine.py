@@ -46,7 +46,7 @@ class LLM:
     num_blocks: KV cache blocks of block_size tokens; default what memory allows.
     max_num_batched_tokens, max_num_seqs: tokens and sequences of a step at most.
     load_progress: called with (bytes loaded, bytes in all). load_format "dummy" fills the model with noise.
-    enforce_eager: accepted as vLLM's; every step runs eagerly.
+    enforce_eager: run decode steps on a GPU without CUDA graphs.
 
     Raises EngineError subclasses, one line each: ConfigError, PortError, WeightError, WorkerError.
     """
