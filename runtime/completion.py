@@ -35,6 +35,8 @@ class Completion:
         """Add a sampled token; sets `finish_reason` if it was the last."""
         self.seq.output_token_ids.append(token_id)
         num_output = len(self.seq.output_token_ids)
+        if self._lazy and num_output < self.max_tokens and token_id not in self.seq.stop_ids:
+            return
         if num_output >= self.seq.params.min_tokens:
             self._check_token(token_id)
         if self.finish_reason is None and not self._lazy:

@@ -17,7 +17,7 @@ from porter.runtime.executor import Executor
 from porter.runtime.model_runner import Launched, PromptTargets
 from porter.runtime.outputs import Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from porter.runtime.sampling import LogprobsTensors, RequestOutputKind, SamplingMetadata, SamplingParams
-from porter.runtime.sampling_batch import PlainSampling, build_sampling_metadata, child_seed, is_plain
+from porter.runtime.sampling_batch import build_sampling_metadata, child_seed
 from porter.runtime.scheduler import ScheduledBatch, Scheduler
 from porter.runtime.sequence import Sequence, SequenceStatus
 from porter.runtime.step_input import BatchArrays, IntArray
@@ -31,6 +31,7 @@ class _Request:
         self.completions = completions
         self.metrics = RequestMetrics(time.monotonic())
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if num_prompt_logprobs is None else [None]
+        self.is_silent = False  # once its first token is noted, nothing is told of it before its end
 
     @property
     def finished(self) -> bool:
@@ -147,15 +148,14 @@ class LLMEngine:
         self._arrays.sync(batch)
         ends = np.cumsum(batch.num_new_tokens)
         spans = list(self._prompt_spans(batch, ends))
-        places = [i for i, seq in enumerate(batch.sequences) if self._reaches_end(seq, batch.num_new_tokens[i])]
         rows, targets = self._prompt_rows(spans)
-        buffer = self._arrays.pack(batch, np.array(places, dtype=np.int64), rows)
-        sampled = [batch.sequences[i] for i in places]
+        buffer = self._arrays.pack(batch, np.array(batch.sampled, dtype=np.int64), rows)
+        sampled = [batch.sequences[i] for i in batch.sampled]
         now = time.monotonic()
         for seq in batch.admitted:
             metrics = self._requests[seq.request_id].metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or now
-        launched = self.executor.launch(buffer, self._metadata(sampled), targets, PlainSampling.of(sampled))
+        launched = self.executor.launch(buffer, self._metadata(sampled), targets, self._arrays.plain_sampling(batch))
         self.scheduler.mark_computed(batch)
         for seq in sampled:
             seq.num_in_flight += 1
@@ -164,7 +164,7 @@ class LLMEngine:
         return _Step(launched, sampled, spans)
 
     def _metadata(self, sampled: list[Sequence]) -> SamplingMetadata | None:
-        if self.executor.runs_ahead and all(is_plain(seq.params) for seq in sampled):
+        if self.executor.runs_ahead and all(seq.params.is_plain for seq in sampled):
             return None
         return build_sampling_metadata(sampled, self.vocab_size, self.config.device)
 
@@ -178,10 +178,6 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Stop the processes of the other ranks, if there are any."""
         self.executor.shutdown()
-
-    @staticmethod
-    def _reaches_end(seq: Sequence, num_new: int) -> bool:
-        return seq.num_computed_tokens + num_new == seq.num_tokens + seq.num_in_flight
 
     def _shortened(self, config: EngineConfig, num_blocks: int) -> EngineConfig:
         capacity = num_blocks * config.block_size
@@ -256,7 +252,7 @@ class LLMEngine:
             seq.num_in_flight -= 1
             if seq.status is SequenceStatus.FINISHED:
                 continue
-            request = touched[seq.request_id] = self._requests[seq.request_id]
+            request = self._requests[seq.request_id]
             completion = request.completions[seq.index]
             if rows is not None and seq.params.logprobs is not None:
                 completion.cumulative_logprob += rows[i][1][0]
@@ -264,6 +260,9 @@ class LLMEngine:
             completion.append(token_id)
             if completion.finish_reason is not None:
                 self.scheduler.finish(seq)
+            elif request.is_silent:
+                continue
+            touched[seq.request_id] = request
         return self._outputs(touched)
 
     def _outputs(self, touched: dict[str, _Request]) -> list[RequestOutput]:
@@ -275,6 +274,7 @@ class LLMEngine:
                 request.metrics.finished_time = now
                 del self._requests[request_id]
             elif request.completions[0].seq.params.output_kind is RequestOutputKind.FINAL_ONLY:
+                request.is_silent = True
                 continue
             outputs.append(request.render(request_id))
         return outputs

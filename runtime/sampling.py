@@ -56,6 +56,10 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False, default=())
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())
+    # What steps ask of every request: penalties, temperature alone, one argmax alone
+    has_penalties: bool = field(init=False, repr=False, compare=False, default=False)
+    is_plain: bool = field(init=False, repr=False, compare=False, default=False)
+    is_plain_greedy: bool = field(init=False, repr=False, compare=False, default=False)
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -63,6 +67,7 @@ class SamplingParams:
                 _check_number(spec.name, getattr(self, spec.name))
         self._check_lists()
         self._check_combinations()
+        self._classify()
 
     def _check_lists(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -87,15 +92,13 @@ class SamplingParams:
         if self.stop_strings and not self.detokenize:
             raise RequestError("stop strings need detokenize=True", "use stop_token_ids to stop without text")
 
-    @property
-    def has_penalties(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether a step is one argmax with nothing else to do."""
-        plain = self.logprobs is None and not self.logit_bias and not self.min_tokens
-        return plain and self.temperature == 0 and not self.has_penalties
+    def _classify(self) -> None:
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        unbiased = self.logprobs is None and not self.logit_bias and not self.min_tokens and not penalties
+        object.__setattr__(self, "has_penalties", penalties)
+        object.__setattr__(self, "is_plain", unbiased and not filtered)
+        object.__setattr__(self, "is_plain_greedy", unbiased and self.temperature == 0)
 
 
 # name -> (least, least is allowed, most, must be an integer, may be None)

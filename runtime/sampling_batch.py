@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from porter.runtime.sampling import GREEDY, SamplingMetadata, SamplingParams, SparseLogits
+from porter.runtime.sampling import GREEDY, SamplingMetadata, SparseLogits
 from porter.runtime.sequence import Sequence
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -39,18 +39,6 @@ class PlainSampling:
     rows: npt.NDArray[np.int64]
     seeds: npt.NDArray[np.int64]
     temperature: npt.NDArray[np.float32]
-
-    @classmethod
-    def of(cls, sequences: list[Sequence]) -> "PlainSampling":
-        rows = np.array([seq.row for seq in sequences], dtype=np.int64)
-        temperature = np.array([seq.params.temperature for seq in sequences], dtype=np.float32)
-        return cls(rows, _random_bits(sequences).view(np.int64), temperature)
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether a request is sampled by its temperature alone."""
-    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    return not (filtered or params.has_penalties or params.logit_bias or params.min_tokens) and params.logprobs is None
 
 
 def build_sampling_metadata(sequences: list[Sequence], vocab_size: int, device: torch.device) -> SamplingMetadata:
@@ -83,15 +71,11 @@ def _indices(values: npt.ArrayLike, device: torch.device) -> torch.Tensor:
 
 
 def _uniform(sequences: list[Sequence]) -> npt.NDArray[np.float64]:
-    # 48 bits: the product with a total near 1 stays below the total
-    uniform: npt.NDArray[np.float64] = (_random_bits(sequences) >> np.uint64(16)).astype(np.float64) * 2.0**-48
-    return uniform
-
-
-def _random_bits(sequences: list[Sequence]) -> npt.NDArray[np.uint64]:
     seeds = np.array([seq.seed for seq in sequences], dtype=np.uint64)
     steps = np.array([seq.num_output for seq in sequences], dtype=np.uint64)
-    return mix(seeds, steps)
+    # 48 bits: the product with a total near 1 stays below the total
+    uniform: npt.NDArray[np.float64] = (mix(seeds, steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
+    return uniform
 
 
 def _bias(row: int, seq: Sequence) -> Iterable[tuple[int, int, float]]:

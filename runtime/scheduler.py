@@ -9,7 +9,7 @@ from porter.runtime.sequence import Sequence, SequenceStatus
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """One step: `num_new_tokens[i]` tokens of `sequences[i]`.
+    """One step: `num_new_tokens[i]` tokens of `sequences[i]`; those at places `sampled` get a token after their last.
 
     `admitted` started (or restarted) in this step; `grown` are those whose block table changed, the admitted included.
     `preempted` lost their blocks and will be recomputed.
@@ -20,6 +20,7 @@ class ScheduledBatch:
     admitted: list[Sequence]
     grown: list[Sequence]
     preempted: list[Sequence]
+    sampled: list[int]
 
     @property
     def num_tokens(self) -> int:
@@ -50,7 +51,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step and give its sequences their blocks."""
-        batch = ScheduledBatch([], [], [], [], [])
+        batch = ScheduledBatch([], [], [], [], [], [])
         budget = self._schedule_running(batch, self.max_num_batched_tokens)
         if not batch.preempted:
             self._schedule_waiting(batch, budget)
@@ -66,34 +67,29 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
 
     def mark_computed(self, batch: ScheduledBatch) -> list[int]:
-        """Count the tokens of a step that ran as computed; returns the places in the batch that got a new token."""
-        sampled = []
-        for i, (seq, num_new) in enumerate(zip(batch.sequences, batch.num_new_tokens, strict=True)):
+        """Count the tokens of a step as computed; returns the places in the batch that get a new token."""
+        for seq, num_new in zip(batch.sequences, batch.num_new_tokens, strict=True):
             seq.num_computed_tokens += num_new
-            if seq.num_computed_tokens == seq.num_tokens + seq.num_in_flight:
-                sampled.append(i)
-        return sampled
+        return batch.sampled
 
     def _schedule_running(self, batch: ScheduledBatch, budget: int) -> int:
         i = 0
+        block_size = self.block_manager.block_size
         while i < len(self.running) and budget > 0:
             seq = self.running[i]
-            length = seq.num_tokens + seq.num_in_flight
-            if length >= seq.max_length:
-                # its last token is in flight
-                i += 1
-                continue
-            num_new = min(length - seq.num_computed_tokens, budget)
-            if not self._grow(seq, seq.num_computed_tokens + num_new, batch):
-                break
-            self._append(batch, seq, num_new)
-            budget -= num_new
             i += 1
+            length = len(seq.prompt_token_ids) + len(seq.output_token_ids) + seq.num_in_flight
+            if length >= seq.max_length:
+                continue  # its last token is in flight
+            num_new = min(length - seq.num_computed_tokens, budget)
+            end = seq.num_computed_tokens + num_new
+            if end > len(seq.block_table) * block_size and not self._grow(seq, end, batch):
+                break
+            self._append(batch, seq, num_new, end == length)
+            budget -= num_new
         return budget
 
     def _grow(self, seq: Sequence, num_tokens: int, batch: ScheduledBatch) -> bool:
-        if num_tokens <= len(seq.block_table) * self.block_manager.block_size:
-            return True
         while not self.block_manager.allocate(seq, num_tokens):
             victim = self.running.pop()
             self._preempt(victim, batch)
@@ -123,7 +119,7 @@ class Scheduler:
             self._admit(self.waiting.popleft(), cached)
             batch.admitted.append(seq)
             batch.grown.append(seq)
-            self._append(batch, seq, num_new)
+            self._append(batch, seq, num_new, cached + num_new == seq.num_tokens)
             budget -= num_new
 
     def _admit(self, seq: Sequence, num_cached: int) -> None:
@@ -134,9 +130,12 @@ class Scheduler:
             seq.num_cached_tokens = num_cached
         self.running.append(seq)
 
-    def _append(self, batch: ScheduledBatch, seq: Sequence, num_new: int) -> None:
+    def _append(self, batch: ScheduledBatch, seq: Sequence, num_new: int, reaches_end: bool) -> None:
         # Within a step all keys are stored before any are read, so a prefix may be shared from here on
-        self.block_manager.commit(seq, min(seq.num_computed_tokens + num_new, seq.num_tokens))
+        if self.block_manager.enable_prefix_caching:
+            self.block_manager.commit(seq, min(seq.num_computed_tokens + num_new, seq.num_tokens))
+        if reaches_end:
+            batch.sampled.append(len(batch.sequences))
         batch.sequences.append(seq)
         batch.num_new_tokens.append(num_new)
 

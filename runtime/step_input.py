@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from porter.runtime.metadata import AttentionMetadata
+from porter.runtime.sampling_batch import PlainSampling, mix
 from porter.runtime.scheduler import ScheduledBatch
 
 IntArray = npt.NDArray[np.int64]
@@ -70,6 +71,9 @@ class BatchArrays:
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size) + table_multiple), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
+        self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
 
     def sync(self, batch: ScheduledBatch) -> None:
         """Take over what scheduling changed: new sequences and new blocks."""
@@ -78,6 +82,9 @@ class BatchArrays:
             self._token_ids[seq.row, : len(tokens)] = tokens
             self._num_tokens[seq.row] = len(tokens)
             self._num_blocks[seq.row] = 0
+            self._seeds[seq.row] = seq.seed
+            self._num_prompt[seq.row] = len(seq.prompt_token_ids)
+            self._temperature[seq.row] = seq.params.temperature
         for seq in batch.grown:
             known = self._num_blocks[seq.row]
             self._block_tables[seq.row, known : len(seq.block_table)] = seq.block_table[known:]
@@ -88,6 +95,14 @@ class BatchArrays:
         index = np.asarray(rows, dtype=np.int64)
         self._token_ids[index, self._num_tokens[index]] = token_ids
         self._num_tokens[index] += 1
+
+    def plain_sampling(self, batch: ScheduledBatch) -> PlainSampling:
+        """What the sampled sequences of a step need that is about to be launched."""
+        rows = np.array([batch.sequences[i].row for i in batch.sampled], dtype=np.int64)
+        lengths = [batch.sequences[i].num_computed_tokens + batch.num_new_tokens[i] for i in batch.sampled]
+        steps = np.array(lengths, dtype=np.int64) - self._num_prompt[rows]
+        bits = mix(self._seeds[rows], steps.astype(np.uint64))
+        return PlainSampling(rows, bits.view(np.int64), self._temperature[rows])
 
     def next_tokens(self, row: int, start: int, stop: int) -> IntArray:
         """Token ids `start` to `stop` of a row."""
