@@ -50,10 +50,6 @@ class LinearMethod:
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x `[..., in]` times the layer's weight, plus bias: `[..., out]`."""
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        if weight.is_mkldnn:
-            # packed by runtime/layers/packing.py
-            packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-            return packed
         if can_fuse(x, weight):
             return linear_row(x, weight, bias)
         return F.linear(x, weight, bias)

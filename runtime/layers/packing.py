@@ -3,13 +3,34 @@
 import torch
 from torch import nn
 
+from porter.kernels.panel_linear import can_pack_panels, pack_panels, panel_linear
 from porter.runtime.layers.embedding import ParallelLMHead
-from porter.runtime.layers.linear import UNQUANTIZED, LinearBase
+from porter.runtime.layers.linear import UNQUANTIZED, LinearBase, LinearMethod
 
 
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether this machine has packed kernels for `weight`."""
-    if not weight.is_cpu or weight.is_mkldnn or not torch._C._has_mkldnn:
+class PanelMethod(LinearMethod):
+    """One layer's weight as panels, one-dimensional: porter's own kernel."""
+
+    def __init__(self, out_features: int) -> None:
+        self.out_features = out_features
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x `[..., in]` -> `[..., out]`."""
+        return panel_linear(x, layer.weight, self.out_features, bias)  # type: ignore[arg-type]
+
+
+class MkldnnMethod(LinearMethod):
+    """A weight that oneDNN has packed; it keeps its shape and dtype, and `to_dense()` unpacks a copy."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x `[..., in]` -> `[..., out]`."""
+        packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, bias, "none", [], "")
+        return packed
+
+
+def can_pack_mkldnn(weight: torch.Tensor) -> bool:
+    """Whether this machine has packed kernels of oneDNN for `weight`."""
+    if not weight.is_cpu or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -19,12 +40,20 @@ def can_pack(weight: torch.Tensor) -> bool:
 def pack_weights(model: nn.Module) -> None:
     """Repack every unquantized linear of a loaded model that from now on only serves.
 
-    A packed weight keeps its shape and dtype but can be neither changed nor loaded again; `to_dense()` unpacks a copy.
-    A head's weight that an embedding shares is packed as a copy.
+    A packed weight can be neither changed nor loaded again. A head's weight that an embedding shares is packed as a
+    copy.
     """
     for module in model.modules():
-        if not isinstance(module, LinearBase | ParallelLMHead) or module.linear_method is not UNQUANTIZED:
-            continue
-        if can_pack(module.weight):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
-            module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
+        if isinstance(module, LinearBase | ParallelLMHead) and module.linear_method is UNQUANTIZED:
+            weight, method = _packed(module.weight.detach())
+            if method is not None:
+                module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+                module.linear_method = method
+
+
+def _packed(weight: torch.Tensor) -> tuple[torch.Tensor, LinearMethod | None]:
+    if can_pack_panels(weight):
+        return pack_panels(weight), PanelMethod(weight.shape[0])
+    if can_pack_mkldnn(weight):
+        return torch.ops.mkldnn._reorder_linear_weight(weight, None), MkldnnMethod()
+    return weight, None

@@ -4,14 +4,21 @@ import pytest
 import torch
 from torch import nn
 
+from porter.kernels.panel_linear import can_pack_panels
+from porter.runtime.layers import packing
 from porter.runtime.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from porter.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
-from porter.runtime.layers.packing import can_pack, pack_weights
+from porter.runtime.layers.linear import ColumnParallelLinear, LinearMethod, RowParallelLinear
+from porter.runtime.layers.packing import MkldnnMethod, PanelMethod, can_pack_mkldnn, pack_weights
 
 
+@pytest.mark.parametrize("panels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 40])
-def test_packing_changes_no_output(dtype: torch.dtype, num_tokens: int) -> None:
+def test_packing_changes_no_output(
+    dtype: torch.dtype, num_tokens: int, panels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not panels:
+        monkeypatch.setattr(packing, "can_pack_panels", lambda weight: False)
     torch.set_default_dtype(dtype)
     try:
         model = nn.Sequential(ColumnParallelLinear(24, 40), RowParallelLinear(40, 24, bias=False))
@@ -22,11 +29,11 @@ def test_packing_changes_no_output(dtype: torch.dtype, num_tokens: int) -> None:
     wide = torch.randn(num_tokens, 30).to(dtype)
     x = wide[:, :24]
     expected = model(x)
-    packable = can_pack(next(model.parameters()))
-    pack_weights(model)
     weight = next(model.parameters())
-    assert weight.is_mkldnn == packable
-    assert (weight.shape, weight.dtype) == ((40, 24), dtype)
+    wanted = PanelMethod if can_pack_panels(weight) and panels else MkldnnMethod
+    kind = wanted if wanted is PanelMethod or can_pack_mkldnn(weight) else LinearMethod
+    pack_weights(model)
+    assert {type(getattr(layer, "linear_method", None)).__name__ for layer in model} == {kind.__name__}
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
 

@@ -1,0 +1,68 @@
+// Vectors of this machine's width through the compiler's vector types; bfloat16 to float32 and back.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int TILE_ROWS = 8;  // 8 x 3 accumulators, 3 weights and a broadcast in 32 registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr int TILE_ROWS = 4;
+#else
+constexpr int LANES = 4;
+constexpr int TILE_ROWS = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+
+template <typename T> static inline T from_float(float x);
+template <> inline float from_float<float>(float x) { return x; }
+// to the nearest, ties to even; a NaN stays one
+template <> inline bfloat16 from_float<bfloat16>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {uint16_t(x == x ? rounded : 0x7fc0)};
+}
+
+template <typename V, typename T> static inline V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <typename V, typename T> static inline void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
+
+static inline Floats broadcast(float x) { return x - Floats{}; }
+static inline Floats load_floats(const float* from) { return load<Floats>(from); }
+static inline Floats load_floats(const bfloat16* from) {
+    const Ints bits = __builtin_convertvector(load<Halves>(from), Ints) << 16;
+    return (Floats)bits;
+}
+
+static inline float sum(Floats v) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+#endif
+}
