@@ -1,0 +1,1 @@
+"""Passes from the runtime's layers to those of vLLM."""

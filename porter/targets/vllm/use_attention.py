@@ -1,0 +1,137 @@
+"""Use vLLM's Attention, with its rotary embedding before it, for the runtime's paged attention layers."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from porter.errors import Refusal
+from porter.passes import edit
+from porter.passes.base import Example
+from porter.spec import ATTENTION, ModelSpec
+from porter.targets.base import TargetPass
+from porter.targets.vllm.imports import LAYERS, drop_imports, used
+
+PAGED = "porter.runtime.attention.paged"
+SUPPORT = ".support"
+_SLOPES = "alibi_slopes"
+_NAMES = {
+    "sliding_window": "per_layer_sliding_window",
+    "softcap": "logits_soft_cap",
+    "num_kv_heads": "num_kv_heads",
+    "sinks": "sinks",
+}
+
+_BEFORE = """\
+from torch import nn
+from porter.runtime.attention.paged import PagedAttentionWithRoPE
+
+
+class OakAttention(nn.Module):
+    def __init__(self, config, *, vllm_config, prefix):
+        super().__init__()
+        self.attn = PagedAttentionWithRoPE(
+            self.qkv_proj.num_heads,
+            config.head_dim,
+            self.scaling,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            rope_parameters=config.rope_parameters,
+            max_position=config.max_position_embeddings,
+            sliding_window=config.sliding_window,
+        )
+
+    def forward(self, positions, query, key, value, kv_cache, attn_metadata):
+        return self.attn(positions, query, key, value, kv_cache, attn_metadata)
+"""
+_AFTER = """\
+from torch import nn
+from .support import supported_rope
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+
+class OakAttention(nn.Module):
+    def __init__(self, config, *, vllm_config, prefix):
+        super().__init__()
+        self.rotary_emb = get_rope(config.head_dim, config.max_position_embeddings, is_neox_style=True, rope_parameters=supported_rope(config.rope_parameters))
+        self.attn = Attention(self.qkv_proj.num_heads, config.head_dim, self.scaling, num_kv_heads=self.qkv_proj.num_kv_heads, per_layer_sliding_window=config.sliding_window, cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=f"{prefix}.attn")
+
+    def forward(self, positions, query, key, value, kv_cache, attn_metadata):
+        return self.attn(*self.rotary_emb(positions, query, key), value)
+"""
+
+
+class UseAttention(TargetPass):
+    """vLLM has one attention layer; it takes window, cap, sinks and slopes, and finds its cache by its name."""
+
+    reason = "vLLM's attention layer computes this kind of attention"
+    EXAMPLES = (Example(_BEFORE, _AFTER),)
+
+    def apply(self, tree: cst.Module, spec: ModelSpec) -> cst.Module:
+        kinds = used(tree, PAGED)
+        if not kinds:
+            return tree
+        walk = _Replace()
+        after = drop_imports(tree, dict.fromkeys(kinds, PAGED)).visit(walk)
+        assert isinstance(after, cst.Module)
+        return edit.add_imports(after, walk.imports)
+
+
+class _Replace(cst.CSTTransformer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.imports: dict[str, list[str]] = {f"{LAYERS}.attention": ["Attention"]}
+
+    def leave_SimpleStatementLine(self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine):  # type: ignore[no-untyped-def]
+        made = updated_node.body[0] if len(updated_node.body) == 1 else None
+        call = made.value if isinstance(made, cst.Assign) else None
+        if not isinstance(made, cst.Assign) or not isinstance(call, cst.Call) or edit.code(call.func) not in ATTENTION:
+            return updated_node
+        lines = self._creation(edit.code(made.targets[0].target), ATTENTION[edit.code(call.func)], call)
+        return cst.FlattenSentinel(edit.block("\n".join(lines)))
+
+    def _creation(self, target: str, kind: str, call: cst.Call) -> list[str]:
+        name = target.removeprefix("self.")
+        if "." in name or name == target:
+            raise Refusal("", 0, target, "the attention layer is no attribute, so vLLM can't name it", "assign it to self")
+        given = {a.keyword.value: edit.code(a.value) for a in call.args if a.keyword is not None}
+        sizes = [edit.code(a.value) for a in call.args if a.keyword is None]
+        lines = [self._rope(sizes[1], given)] if kind == "rope" else []
+        fields = [*sizes, *(f"{_NAMES[k]}={v}" for k, v in given.items() if k in _NAMES)]
+        if kind == "alibi":
+            self._import(SUPPORT, "local_slopes")
+            fields.append(f"alibi_slopes=local_slopes({given[_SLOPES]})")
+        if "sinks" in given:
+            self._import(SUPPORT, "shard_heads")
+            lines.append(f"shard_heads({given['sinks']})")
+        fields += [
+            "cache_config=vllm_config.cache_config",
+            "quant_config=vllm_config.quant_config",
+            f'prefix=f"{{prefix}}.{name}"',
+        ]
+        return [*lines, f"{target} = Attention({', '.join(fields)})"]
+
+    def _rope(self, head_dim: str, given: dict[str, str]) -> str:
+        self._import(SUPPORT, "supported_rope")
+        self._import(f"{LAYERS}.rotary_embedding", "get_rope")
+        neox = {"False": "True", "True": "False"}.get(given.get("interleaved", "False"))
+        neox = neox or f"not {given['interleaved']}"
+        turned = f", {given['rotary_dim']}" if "rotary_dim" in given else ""
+        parameters = f"supported_rope({given['rope_parameters']}{turned})"
+        return (
+            f"self.rotary_emb = get_rope({head_dim}, {given['max_position']}, "
+            f"is_neox_style={neox}, rope_parameters={parameters})"
+        )
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
+        texts = [edit.code(a.value) for a in updated_node.args]
+        if edit.code(updated_node.func) != "self.attn" or texts[-1:] != ["attn_metadata"]:
+            return updated_node
+        if len(texts) == 5:
+            last = updated_node.args[2].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+            return updated_node.with_changes(args=[*updated_node.args[:2], last])
+        rotated = f"f(*self.rotary_emb({', '.join(texts[:3])}), {texts[3]})"
+        return updated_node.with_changes(args=edit.parse(rotated).args)  # type: ignore[attr-defined]
+
+    def _import(self, module: str, name: str) -> None:
+        self.imports.setdefault(module, []).append(name)
+
