@@ -8,7 +8,7 @@ import gc
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import libcst as cst
@@ -26,6 +26,9 @@ from porter.passes.attend_place import read_attention, turns_queries
 from porter.passes.base import Pass, Stage, discover
 from porter.passes.edit import params_of
 from porter.source import Source
+from porter.spec import ModelSpec, describe
+from porter.targets.base import TargetPass, passes_of
+from porter.targets.package import package
 
 ROUNDS = 24
 
@@ -60,6 +63,7 @@ class Conversion:
     code: str
     manifest: dict[str, Any]
     spec: dict[str, Any]
+    others: dict[str, str] = field(default_factory=dict)  # further files of the target, by name
 
 
 def convert(source: Source, target: str = "native") -> Conversion:
@@ -100,13 +104,16 @@ def _convert(source: Source, target: str) -> Conversion:
             )
         _check_entry(facts)
         rules = derive(source, work.original, facts, work.notes)
-        code = emit(source, facts, rules, target)
+        model = describe(facts, rules)
+        work.rewrite_for(target, model)
+        code = emit(source, work.tree, model, target)
     except Refusal as refusal:
         raise work.located(refusal) from refusal
     except RecursionError as error:
         raise Refusal(source.name, 1, "the file", "it nests too deeply to follow", "simplify it") from error
-    spec = _spec(facts, rules, work)
-    return Conversion(_module_name(source), code, _manifest(source, facts, target, code, spec, work), spec)
+    spec = _spec(facts, model)
+    module, others = package(source, model, code, target)
+    return Conversion(module, code, _manifest(source, target, module, code, spec, work), spec, others)
 
 
 def _check_entry(facts: Facts) -> None:
@@ -192,7 +199,14 @@ class _Work:
         self._record(each, before.splitlines(), after.splitlines())
         return True
 
-    def _record(self, each: Pass, before: list[str], after: list[str]) -> None:
+    def rewrite_for(self, target: str, model: ModelSpec) -> None:
+        """Run a target's own passes; the tree is no longer executed after them."""
+        for each in passes_of(target, target_settings(target).get("passes", ())):
+            after = each.apply(self.tree, model)
+            before, self.code, self.tree = self.code, after.code, after
+            self._record(each, before.splitlines(), self.code.splitlines())
+
+    def _record(self, each: Pass | TargetPass, before: list[str], after: list[str]) -> None:
         """Turn the difference that a pass made into edits, and carry the source lines along."""
         lines: list[int] = []
         for kind, a, b, c, d in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
@@ -205,13 +219,17 @@ class _Work:
             lines += [kept.get(line.strip(), at) for line in after[c:d]]
             old, new = "\n".join(before[a:b]).strip(), "\n".join(after[c:d]).strip()
             if old != new:
-                self.edits.append(Edit(each.stage.name, each.name, at, old, new, each.reason))
+                self.edits.append(Edit(_stage(each), each.name, at, old, new, each.reason))
         self.lines = lines or [1]
 
     def located(self, refusal: Refusal) -> Refusal:
         """A refusal with the source's name and line."""
         line = self.lines[min(refusal.line, len(self.lines)) - 1] if refusal.line else 1
         return Refusal(self.source.name, line, refusal.what, refusal.why, refusal.remedy, refusal.code)
+
+
+def _stage(each: Pass | TargetPass) -> str:
+    return each.stage.name if isinstance(each, Pass) else "TARGET"
 
 
 def _source_lines(before: str, after: str) -> list[int]:
@@ -246,32 +264,29 @@ def _syntax_error(text: str) -> tuple[int, str] | None:
     return None
 
 
-def _module_name(source: Source) -> str:
-    stem = source.path.stem.removeprefix("modeling_")
-    return f"{stem}.py"
-
-
-def _spec(facts: Facts, rules: Any, work: _Work) -> dict[str, Any]:
-    """What was understood, JSON-able: config fields read, conditions, assumptions, weight rules."""
+def _spec(facts: Facts, model: ModelSpec) -> dict[str, Any]:
+    """What was understood, JSON-able: config fields read, conditions, assumptions, layers, weight rules."""
     assumed = {k: v for w in facts.worlds for k, v in w.assumed.items()}
     return {
         "architecture": facts.entry.name,
         "config_fields": sorted({k for w in facts.worlds for k in w.config_reads}),
         "conditions": sorted({k for w in facts.worlds for k, _ in w.decisions}),
         "assumes": {k: {"value": v, "reason": serving.SERVING[k][1]} for k, v in sorted(assumed.items())},
-        "weight_rules": asdict(rules),
+        "attention": [asdict(each) for each in model.attention],
+        "layers": model.layers,
+        "weight_rules": asdict(model.weights),
         "paths": len(facts.worlds),
     }
 
 
 def _manifest(
-    source: Source, facts: Facts, target: str, code: str, spec: dict[str, Any], work: _Work
+    source: Source, target: str, module: str, code: str, spec: dict[str, Any], work: _Work
 ) -> dict[str, Any]:
     return {
         "porter": __version__,
-        "architecture": facts.entry.name,
+        "architecture": spec["architecture"],
         "target": target,
-        "module": _module_name(source),
+        "module": module,
         "module_sha256": hashlib.sha256(code.encode()).hexdigest(),
         "source": {"name": source.name, "sha256": source.sha256, "transformers": source.transformers},
         "spec": spec,

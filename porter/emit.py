@@ -11,12 +11,12 @@ from typing import Any
 import libcst as cst
 
 from porter import __version__
-from porter.analyze.facts import Facts
 from porter.analyze.program import Program
 from porter.analyze.weights import Rules
 from porter.errors import Refusal
 from porter.passes import edit
 from porter.source import Source
+from porter.spec import ModelSpec
 
 LINE_LENGTH = 120
 ENTRY_IMPORTS = {
@@ -29,15 +29,16 @@ ENTRY_IMPORTS = {
 }
 
 
-def emit(source: Source, facts: Facts, rules: Rules, target: str) -> str:
-    """The text of the port.
+def emit(source: Source, tree: cst.Module, spec: ModelSpec, target: str) -> str:
+    """The text of the port, from the rewritten tree.
 
     Raises:
         Refusal: the result would still need something of the original's library, or reads a name that nothing defines.
     """
-    tree = _with_entry(facts, rules, target)
+    if "passes" not in target_settings(target):
+        tree = _with_entry(tree, spec, target)
     body, imports = _split_imports(tree)
-    text = _render(
+    text = render(
         target,
         "module.py.j2",
         {
@@ -45,7 +46,7 @@ def emit(source: Source, facts: Facts, rules: Rules, target: str) -> str:
             "source": source.name,
             "sha256": source.sha256,
             "version": __version__,
-            "title": _title(facts.entry.name),
+            "title": _title(spec.architecture),
             "imports": _import_lines(imports, body, target),
             "body": body,
         },
@@ -55,7 +56,8 @@ def emit(source: Source, facts: Facts, rules: Rules, target: str) -> str:
     return text
 
 
-def _render(target: str, template: str, values: dict[str, Any]) -> str:
+def render(target: str, template: str, values: dict[str, Any]) -> str:
+    """The text of one of a target's templates."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -122,11 +124,11 @@ class _Entry(cst.CSTTransformer):
         return node
 
 
-def _with_entry(facts: Facts, rules: Rules, target: str) -> cst.Module:
-    methods = edit.block(_render(target, "entry.py.j2", {}))
-    tree = facts.program.tree.visit(_Entry(facts.entry.name, rules, methods))
-    assert isinstance(tree, cst.Module)
-    return edit.add_imports(tree, ENTRY_IMPORTS)
+def _with_entry(tree: cst.Module, spec: ModelSpec, target: str) -> cst.Module:
+    methods = edit.block(render(target, "entry.py.j2", {}))
+    after = tree.visit(_Entry(spec.architecture, spec.weights, methods))
+    assert isinstance(after, cst.Module)
+    return edit.add_imports(after, ENTRY_IMPORTS)
 
 
 # -- imports ---------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def _with_entry(facts: Facts, rules: Rules, target: str) -> cst.Module:
 
 def _split_imports(tree: cst.Module) -> tuple[str, dict[str, str]]:
     """The text without imports and module docstring, and what each imported name stands for."""
-    imports: dict[str, str] = {"math": "math", "torch": "torch", "nn": "torch.nn"}  # what passes may have written
+    imports: dict[str, str] = {"math": "math", "re": "re", "torch": "torch", "nn": "torch.nn"}  # what passes may have written
     body: list[Any] = []
     for i, statement in enumerate(tree.body):
         if isinstance(statement, cst.SimpleStatementLine):
@@ -190,7 +192,7 @@ def _ordered(plain: set[str], grouped: dict[str, set[str]]) -> list[str]:
 
     def rank(line: str) -> int:
         module = line.split()[1].split(".")[0]
-        return 2 if module == "porter" else 1 if module in ("torch", "transformers") else 0
+        return 2 if module in ("porter", "") else 1 if module in ("torch", "transformers", "vllm") else 0
 
     blocks = [[x for x in lines if rank(x) == r] for r in range(3)]
     return [line for block in blocks if block for line in ["", *block]][1:]
@@ -282,4 +284,4 @@ def _undefined(table: symtable.SymbolTable, top: set[str]) -> set[str]:
     return found
 
 
-__all__ = ["emit", "target_settings"]
+__all__ = ["emit", "render", "target_settings"]

@@ -1,5 +1,9 @@
 """What the port needs beside vLLM's layers."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.distributed import (

@@ -59,6 +59,8 @@ class OakForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
+        vllm_config.cache_config.sliding_window = None  # each layer states its own
+        self.config = config
         self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=maybe_prefix(prefix, "embed"))
         self.layers = nn.ModuleList(
             [OakLayer(config, vllm_config=vllm_config, prefix=maybe_prefix(prefix, f"layers.{i}")) for i in range(config.num_layers)]
@@ -67,6 +69,10 @@ class OakForCausalLM(nn.Module):
 _INIT = """\
 def __init__(self, config, linear_method=None):
     super().__init__(config, linear_method=linear_method)
+"""
+_CONFIG = """\
+config = vllm_config.model_config.hf_config
+vllm_config.cache_config.sliding_window = None  # each layer states its own
 """
 _UNCHANGED = "from torch import nn\n\n\nclass OakGate(nn.Module):\n    def forward(self, x):\n        return x\n"
 
@@ -190,7 +196,8 @@ def _with_config(node: cst.FunctionDef) -> cst.FunctionDef:
     """vLLM gives the entry nothing but its configuration."""
     lines = list(node.body.body)
     place = next((i + 1 for i, s in enumerate(lines) if edit.code(s) == "super().__init__()"), 0)
-    lines.insert(place, edit.statement("config = vllm_config.model_config.hf_config"))
+    known = edit.code(node)
+    lines[place:place] = edit.block(_CONFIG if "self.config = " in known else f"{_CONFIG}self.config = config\n")
     return node.with_changes(body=node.body.with_changes(body=lines))
 
 

@@ -13,7 +13,7 @@ from porter.targets.vllm.imports import EMBEDDING, LAYERS, LINEAR, drop_imports,
 _RUNTIME = "porter.runtime.layers"
 SUPPORT = ".support"
 # runtime module -> {its name: (vLLM's module, vLLM's name)}
-_SAME = {
+RENAMED = {
     f"{_RUNTIME}.linear": {
         name: (LINEAR, name)
         for name in (
@@ -80,11 +80,11 @@ class UseLayers(TargetPass):
     EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, tree: cst.Module, spec: ModelSpec) -> cst.Module:
-        names = {name: new for module, known in _SAME.items() for name, new in known.items() if name in used(tree, module)}
+        names = {name: new for module, known in RENAMED.items() for name, new in known.items() if name in used(tree, module)}
         if not names:
             return tree
         walk = _Rename({name: new for name, (_, new) in names.items() if new != name})
-        dropped = {name: module for module, known in _SAME.items() for name in known if name in names}
+        dropped = {name: module for module, known in RENAMED.items() for name in known if name in names}
         after = drop_imports(tree, dropped).visit(walk)
         assert isinstance(after, cst.Module)
         imports: dict[str, list[str]] = {}

@@ -1,0 +1,70 @@
+"""Runs inside vLLM's own environment: generates and scores prompts with each checkpoint of a list of jobs.
+
+`python worker.py JOBS.json RESULTS.jsonl`. It imports vLLM and nothing of porter; models come from installed plugins.
+"""
+
+import gc
+import json
+import sys
+import time
+
+
+def main(jobs_file, results_file):
+    """Run the jobs in order; each adds one line: {"name", "prompts": [...]} or {"name", "error"}."""
+    with open(jobs_file, encoding="utf-8") as file:
+        jobs = json.load(file)
+    for job in jobs:
+        started = time.monotonic()
+        try:
+            result = {"prompts": run(job)}
+        except Exception as error:  # whatever vLLM or the port raises is the job's result
+            result = {"error": reason(error)}
+        finally:
+            clean_up()
+        result = {"name": job["name"], **result, "seconds": round(time.monotonic() - started, 1)}
+        with open(results_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def run(job):
+    """What vLLM makes of a job's prompts: greedy tokens, and log-probabilities {token: value} of each prompt position."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(job["model"], skip_tokenizer_init=True, max_logprobs=job["top"], **job["options"])
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        prompt_logprobs=job["top"],
+        ignore_eos=True,
+        detokenize=False,
+    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
+    return [
+        {"tokens": list(output.outputs[0].token_ids), "logprobs": [position(p) for p in output.prompt_logprobs]}
+        for output in outputs
+    ]
+
+
+def position(found):
+    """Token -> log-probability; None for the first token, which nothing predicts."""
+    return None if found is None else {int(token): float(entry.logprob) for token, entry in found.items()}
+
+
+def reason(error):
+    """The last cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def clean_up():
+    """Leave nothing of one engine to the next."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
