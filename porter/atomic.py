@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -10,20 +10,22 @@ from porter.errors import UsageError
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write `files` (name -> text) into `folder`; on any failure the folder is as it was before."""
-    created = not folder.exists()
+    """Write `files` (name or path below -> text) into `folder`; on any failure the folder is as it was before."""
+    targets = {folder / name: text for name, text in files.items()}
+    places = sorted({folder, *(target.parent for target in targets)})
+    created = [place for place in places if not place.exists()]
     temporary: dict[Path, Path] = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            target = folder / name
-            temporary[target] = folder / f".{name}.{os.getpid()}.tmp"
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+        for target, text in targets.items():
+            temporary[target] = target.parent / f".{target.name}.{os.getpid()}.tmp"
             _write_through(temporary[target], text)
         for target, source in temporary.items():
             os.replace(source, target)
         _sync_folder(folder)
     except BaseException as error:
-        _undo(folder, created, temporary)
+        _undo(created, temporary)
         if isinstance(error, OSError):
             raise UsageError(f"can't write {folder}: {error.strerror}", "choose a folder you may write to") from error
         raise
@@ -37,13 +39,13 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _undo(folder: Path, created: bool, temporary: Mapping[Path, Path]) -> None:
+def _undo(created: Sequence[Path], temporary: Mapping[Path, Path]) -> None:
     for source in temporary.values():
         with suppress(OSError):
             source.unlink(missing_ok=True)
-    if created:
+    for place in reversed(created):
         with suppress(OSError):
-            folder.rmdir()
+            place.rmdir()
 
 
 def _write_through(path: Path, text: str) -> None:

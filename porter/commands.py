@@ -53,7 +53,8 @@ def convert(source_name: str, out: Path | None, target: str, options: ConvertOpt
 
         source = sources.load(source_name)
         conversion = converter.convert(source, target=target)
-    folder = out or Path("ports") / Path(conversion.module_name).stem
+    module = Path(conversion.module_name)
+    folder = out or Path("ports") / (module.parent.name or module.stem)
     if options.check:
         _check_drift(folder, conversion)
         return
@@ -65,7 +66,9 @@ def convert(source_name: str, out: Path | None, target: str, options: ConvertOpt
         console.diff(port_diff((source_name, source.text), (name, conversion.code), edits))
         if out is None:
             return
-    port = write_port(folder, conversion.code, conversion.manifest, force=options.force)
+    port = write_port(
+        folder, conversion.code, conversion.manifest, others=conversion.others, force=options.force
+    )
     _print_converted(port, options.json)
 
 

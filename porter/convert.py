@@ -113,7 +113,7 @@ def _convert(source: Source, target: str) -> Conversion:
         raise Refusal(source.name, 1, "the file", "it nests too deeply to follow", "simplify it") from error
     spec = _spec(facts, model)
     module, others = package(source, model, code, target)
-    return Conversion(module, code, _manifest(source, target, module, code, spec, work), spec, others)
+    return Conversion(module, code, _manifest(source, target, module, code, spec, work, others), spec, others)
 
 
 def _check_entry(facts: Facts) -> None:
@@ -280,16 +280,21 @@ def _spec(facts: Facts, model: ModelSpec) -> dict[str, Any]:
 
 
 def _manifest(
-    source: Source, target: str, module: str, code: str, spec: dict[str, Any], work: _Work
+    source: Source, target: str, module: str, code: str, spec: dict[str, Any], work: _Work, others: dict[str, str]
 ) -> dict[str, Any]:
     return {
         "porter": __version__,
         "architecture": spec["architecture"],
         "target": target,
         "module": module,
-        "module_sha256": hashlib.sha256(code.encode()).hexdigest(),
+        "module_sha256": _digest(code),
+        **({"files": {name: _digest(text) for name, text in sorted(others.items())}} if others else {}),
         "source": {"name": source.name, "sha256": source.sha256, "transformers": source.transformers},
         "spec": spec,
         "edits": [e.as_json() for e in work.edits],
         "verified": None,
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

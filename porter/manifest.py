@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ class Port:
 
     folder: Path
     manifest: Json
+
+    @property
+    def target(self) -> str:
+        """The emit target; ports written before there were others say nothing."""
+        return str(self.manifest.get("target") or "native")
 
     @property
     def architecture(self) -> str:
@@ -68,12 +74,12 @@ def file_sha256(path: Path) -> str:
 
 def is_port(path: Path) -> bool:
     """Whether `path` is a port's folder or its module (a port.json lies in it or beside it)."""
-    return (path / MANIFEST).is_file() or (path.suffix == ".py" and _owns(path))
+    return (path / MANIFEST).is_file() or (path.suffix == ".py" and _owner(path) is not None)
 
 
 def read_port(path: Path) -> Port:
     """The port at `path`, a folder or a module; PortError if its manifest is missing or damaged."""
-    folder = path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else _owner(path) or path.parent
     file = folder / MANIFEST
     if not path.exists():
         raise PortError(f"no port at {path}", "give the folder that `porter convert` wrote")
@@ -85,12 +91,18 @@ def read_port(path: Path) -> Port:
     return port
 
 
-def write_port(folder: Path, code: str, manifest: Json, *, force: bool = False) -> Port:
-    """Write a port whole or not at all; EditedError if a person changed the module that lies there."""
-    target = folder / str(manifest["module"])
-    if target.exists() and not force and not _overwritable(target, code):
-        raise EditedError(target)
-    write_files(folder, {target.name: code, MANIFEST: dumps(manifest)})
+def write_port(
+    folder: Path, code: str, manifest: Json, *, others: Mapping[str, str] | None = None, force: bool = False
+) -> Port:
+    """Write a port whole or not at all, with `others` around its module (path -> text).
+
+    Raises EditedError if a person changed one of the files that lie there.
+    """
+    files = {str(manifest["module"]): code, **(others or {})}
+    for name, text in files.items():
+        if (folder / name).exists() and not force and not _overwritable(folder, name, text):
+            raise EditedError(folder / name)
+    write_files(folder, {**files, MANIFEST: dumps(manifest)})
     return Port(folder, manifest)
 
 
@@ -106,15 +118,24 @@ def dumps(manifest: Json) -> str:
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
-def _overwritable(target: Path, code: str) -> bool:
-    if file_sha256(target) == text_sha256(code):
+def _overwritable(folder: Path, name: str, text: str) -> bool:
+    """Whether a file is as porter wrote it, or as it is to be written."""
+    found = file_sha256(folder / name)
+    if found == text_sha256(text):
         return True
-    return _owns(target) and not read_port(target).edited
+    file = folder / MANIFEST
+    manifest = _parsed(file) if file.is_file() else {}
+    known = {manifest.get("module"): manifest.get("module_sha256"), **manifest.get("files", {})}
+    return known.get(name) == found
 
 
-def _owns(module: Path) -> bool:
-    file = module.parent / MANIFEST
-    return file.is_file() and _parsed(file).get("module") == module.name
+def _owner(module: Path) -> Path | None:
+    """The folder of the port that `module` is of: its own, or the one above its package."""
+    for folder in module.parents[:2]:
+        file = folder / MANIFEST
+        if file.is_file() and _parsed(file).get("module") == str(module.relative_to(folder)):
+            return folder
+    return None
 
 
 def _parsed(file: Path) -> Json:
@@ -132,6 +153,7 @@ def _checked(file: Path, manifest: Json) -> Json:
     if missing:
         raise PortError(f"{file} lacks {', '.join(missing)}", "run `porter convert --force` again")
     module = manifest["module"]
-    if not manifest["architecture"].isidentifier() or Path(module).name != module or not module.endswith(".py"):
+    inside = not Path(module).is_absolute() and ".." not in Path(module).parts and len(Path(module).parts) <= 2
+    if not manifest["architecture"].isidentifier() or not inside or not module.endswith(".py"):
         raise PortError(f"{file} names no valid architecture and module", "run `porter convert --force` again")
     return manifest
