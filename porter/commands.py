@@ -66,9 +66,7 @@ def convert(source_name: str, out: Path | None, target: str, options: ConvertOpt
         console.diff(port_diff((source_name, source.text), (name, conversion.code), edits))
         if out is None:
             return
-    port = write_port(
-        folder, conversion.code, conversion.manifest, others=conversion.others, force=options.force
-    )
+    port = write_port(folder, conversion.code, conversion.manifest, others=conversion.others, force=options.force)
     _print_converted(port, options.json)
 
 

@@ -136,7 +136,7 @@ def _with_entry(tree: cst.Module, spec: ModelSpec, target: str) -> cst.Module:
 
 def _split_imports(tree: cst.Module) -> tuple[str, dict[str, str]]:
     """The text without imports and module docstring, and what each imported name stands for."""
-    imports: dict[str, str] = {"math": "math", "re": "re", "torch": "torch", "nn": "torch.nn"}  # what passes may have written
+    imports = {"math": "math", "re": "re", "torch": "torch", "nn": "torch.nn"}  # what passes may have written
     body: list[Any] = []
     for i, statement in enumerate(tree.body):
         if isinstance(statement, cst.SimpleStatementLine):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-
 from porter import __version__
 from porter.emit import render, target_settings
 from porter.source import Source
@@ -28,6 +26,5 @@ def package(source: Source, spec: ModelSpec, code: str, target: str) -> tuple[st
         "vllm": settings["vllm"],
     }
     others = {path.format(package=name): render(target, t, values) for path, t in settings["files"].items()}
-    text = (files("porter.templates") / target / "support.py").read_text(encoding="utf-8")
-    others[f"{name}/support.py"] = support_text(text, code)
+    others[f"{name}/support.py"] = support_text(render(target, "support.py.j2", {}), code)
     return f"{name}/{stem}.py", others

@@ -107,13 +107,11 @@ def _object_uses(cls: ast.ClassDef, names: Mapping[str, Name]) -> Iterator[_Use]
         if isinstance(target, ast.Attribute)
     }
     for node in ast.walk(cls):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and _is_self(node.value.value):
-            if node.value.attr in made:
-                yield _Use(node.lineno, made[node.value.attr], attribute=node.attr)
-
-
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
+        layer = node.value if isinstance(node, ast.Attribute) else None
+        if isinstance(layer, ast.Attribute) and isinstance(layer.value, ast.Name) and layer.value.id == "self":
+            assert isinstance(node, ast.Attribute)
+            if layer.attr in made:
+                yield _Use(node.lineno, made[layer.attr], attribute=node.attr)
 
 
 def _misfits(use: _Use, symbol: Symbol) -> Iterator[str]:

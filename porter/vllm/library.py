@@ -161,8 +161,23 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int) -> Symbol
     return Symbol("function", names, positional, node.args.kwarg is not None)
 
 
+def _is_protocol(node: ast.ClassDef) -> bool:
+    return any("Protocol" in ast.dump(base) for base in node.bases)
+
+
+def _abstract(node: ast.ClassDef) -> Iterator[str]:
+    """What a protocol asks for: its methods without a body of their own."""
+    for function in (s for s in node.body if isinstance(s, ast.FunctionDef)):
+        last = function.body[-1]
+        if isinstance(last, ast.Expr) and isinstance(last.value, ast.Constant):
+            yield function.name
+
+
 def _attributes(node: ast.ClassDef) -> Iterator[str]:
     """What an object of a class has: methods, class attributes, and what its methods assign or register."""
+    if _is_protocol(node):
+        yield from _abstract(node)
+        return
     for statement in node.body:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
             yield statement.name

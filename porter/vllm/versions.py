@@ -1,4 +1,6 @@
-"""The version map: how each name of vLLM that ports use has looked, release by release. `python -m porter.vllm.versions`.
+"""The version map: how each name of vLLM that ports use looks, release by release.
+
+`python -m porter.vllm.versions` reads the releases and writes it.
 
 Reading a release fetches only the files that define the names, out of its wheel in the registry.
 """
@@ -8,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +28,14 @@ RELEASES = tuple(f"0.{minor}.0" for minor in range(20, 34))
 
 def vocabulary() -> set[Name]:
     """Every name of vLLM that the target's passes and its support file can write."""
-    from porter.emit import target_settings
+    from porter.emit import render, target_settings
     from porter.targets.vllm.use_layers import RENAMED
 
-    texts = {f"{p.name}-{i}": e.after for p in passes_of("vllm", target_settings("vllm")["passes"]) for i, e in enumerate(p.EXAMPLES)}
-    texts["support.py"] = (files("porter.templates") / "vllm" / "support.py").read_text(encoding="utf-8")
+    passes = passes_of("vllm", target_settings("vllm")["passes"])
+    texts = {f"{each.name}-{i}": e.after for each in passes for i, e in enumerate(each.EXAMPLES)}
+    texts["support.py"] = render("vllm", "support.py.j2", {})
+    names = dict.fromkeys(("architecture", "package", "stem", "version"), "oak")
+    texts["__init__.py"] = render("vllm", "init.py.j2", names)
     known = {new for names in RENAMED.values() for new in names.values() if new[0].startswith("vllm")}
     return names_used(texts) | known
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -55,11 +56,12 @@ def open_vllm(place: str) -> Iterator[VllmSource]:
 def _folder(path: Path) -> VllmSource:
     for root in (path, path.parent, *path.glob("lib/python3*/site-packages")):
         if (root / "vllm" / "__init__.py").is_file():
-            return VllmSource(_installed_version(root), lambda name: _text(root / name))
+            return VllmSource(_installed_version(root), partial(_text, root))
     raise UsageError(f"{path} holds no vllm", "give its site-packages, its environment, or the package's folder")
 
 
-def _text(file: Path) -> str | None:
+def _text(root: Path, name: str) -> str | None:
+    file = root / name
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
@@ -83,7 +85,8 @@ def _get(url: str, headers: dict[str, str]) -> bytes:
         with urlopen(Request(url, headers=headers), timeout=_TIMEOUT) as answer:
             return bytes(answer.read())
     except (HTTPError, URLError, TimeoutError) as error:
-        raise UsageError(f"{url} can't be read ({error})", "check the version and the network, or give a wheel") from error
+        remedy = "check the version and the network, or give a wheel"
+        raise UsageError(f"{url} can't be read ({error})", remedy) from error
 
 
 class _Remote(io.RawIOBase):

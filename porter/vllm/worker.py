@@ -7,16 +7,17 @@ import gc
 import json
 import sys
 import time
+from typing import Any
 
 
-def main(jobs_file, results_file):
+def main(jobs_file: str, results_file: str) -> None:
     """Run the jobs in order; each adds one line: {"name", "prompts": [...]} or {"name", "error"}."""
     with open(jobs_file, encoding="utf-8") as file:
         jobs = json.load(file)
     for job in jobs:
         started = time.monotonic()
         try:
-            result = {"prompts": run(job)}
+            result: dict[str, Any] = {"prompts": run(job)}
         except Exception as error:  # whatever vLLM or the port raises is the job's result
             result = {"error": reason(error)}
         finally:
@@ -26,8 +27,8 @@ def main(jobs_file, results_file):
             file.write(json.dumps(result) + "\n")
 
 
-def run(job):
-    """What vLLM makes of a job's prompts: greedy tokens, and log-probabilities {token: value} of each prompt position."""
+def run(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What vLLM makes of each prompt: greedy tokens, and log-probabilities {token: value} of each position."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(job["model"], skip_tokenizer_init=True, max_logprobs=job["top"], **job["options"])
@@ -45,12 +46,12 @@ def run(job):
     ]
 
 
-def position(found):
+def position(found: dict[int, Any] | None) -> dict[int, float] | None:
     """Token -> log-probability; None for the first token, which nothing predicts."""
     return None if found is None else {int(token): float(entry.logprob) for token, entry in found.items()}
 
 
-def reason(error):
+def reason(error: BaseException) -> str:
     """The last cause, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -58,7 +59,7 @@ def reason(error):
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def clean_up():
+def clean_up() -> None:
     """Leave nothing of one engine to the next."""
     from vllm.distributed import cleanup_dist_env_and_memory
 

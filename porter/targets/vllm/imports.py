@@ -25,8 +25,12 @@ def drop_imports(tree: cst.Module, names: Mapping[str, str]) -> cst.Module:
                 edits[node] = edit.remove
             elif len(kept) < len(node.names):
                 kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
-                edits[node] = lambda updated, kept=kept: updated.with_changes(names=kept)
+                edits[node] = _naming(kept)
     return edit.rewrite(tree, edits)
+
+
+def _naming(kept: list[cst.ImportAlias]) -> edit.Edit:
+    return lambda updated: updated.with_changes(names=kept)
 
 
 def used(tree: cst.Module, module: str) -> set[str]:
@@ -34,6 +38,7 @@ def used(tree: cst.Module, module: str) -> set[str]:
     return {
         full_name(alias.name)
         for node in edit.walk(tree)
-        if isinstance(node, cst.ImportFrom) and full_name(node.module) == module and not isinstance(node.names, cst.ImportStar)
+        if isinstance(node, cst.ImportFrom) and not isinstance(node.names, cst.ImportStar)
+        if full_name(node.module) == module
         for alias in node.names
     }

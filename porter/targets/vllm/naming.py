@@ -44,23 +44,28 @@ def layer_name(stack: Sequence[cst.CSTNode], call: cst.Call) -> str:
 
 
 def index_of(node: cst.ListComp | cst.GeneratorExp) -> str:
-    """The variable that counts a comprehension's elements, as `with_index` leaves it."""
+    """The variable that counts a comprehension's elements from 0, as `with_index` leaves it."""
     target = node.for_in.target
-    if isinstance(target, cst.Tuple):
-        target = target.elements[0].value
-    return INDEX if edit.code(target) == "_" else edit.code(target)
+    if isinstance(target, cst.Tuple) and edit.code(node.for_in.iter).startswith("enumerate("):
+        return edit.code(target.elements[0].value)
+    return edit.code(target) if _counts(node) and edit.code(target) != "_" else INDEX
+
+
+def _counts(node: cst.ListComp | cst.GeneratorExp) -> bool:
+    loop = node.for_in.iter
+    return isinstance(loop, cst.Call) and edit.code(loop.func) == "range" and len(loop.args) == 1
 
 
 def with_index(node: cst.ListComp | cst.GeneratorExp) -> cst.ListComp | cst.GeneratorExp:
     """A comprehension whose first variable counts its elements from 0."""
     loop = node.for_in
-    text = edit.code(loop.iter)
-    if text.startswith("range(") and isinstance(loop.iter, cst.Call) and len(loop.iter.args) == 1:
+    if _counts(node):
         return node.with_changes(for_in=loop.with_changes(target=cst.Name(index_of(node))))
-    if text.startswith("enumerate("):
+    if edit.code(loop.iter).startswith("enumerate("):
         return node
     pair = cst.Tuple([cst.Element(cst.Name(INDEX)), cst.Element(loop.target)], lpar=[], rpar=[])
-    return node.with_changes(for_in=loop.with_changes(target=pair, iter=edit.parse(f"enumerate({text})")))
+    iterable = edit.parse(f"enumerate({edit.code(loop.iter)})")
+    return node.with_changes(for_in=loop.with_changes(target=pair, iter=iterable))
 
 
 def _attribute(node: cst.Assign) -> str:

@@ -72,21 +72,27 @@ def _process(node: cst.ClassDef) -> dict[cst.CSTNode, edit.Edit]:
     """Where a class makes a head, its processor; where it calls the head, the processor's call."""
     edits: dict[cst.CSTNode, edit.Edit] = {}
     biased: dict[str, bool] = {}
-    for line in edit.lines(node):  # type: ignore[arg-type]
-        call = next((n for n in edit.walk(line) if isinstance(n, cst.Call) and edit.code(n.func) == "ParallelLMHead"), None)
+    for line in (n for n in edit.walk(node) if isinstance(n, cst.SimpleStatementLine)):
+        calls = [n for n in edit.walk(line) if isinstance(n, cst.Call)]
+        call = next((c for c in calls if edit.code(c.func) == "ParallelLMHead"), None)
         made = line.body[0]
         if call is not None and isinstance(made, cst.Assign):
             biased[edit.code(made.targets[0].target)] = _has_bias(call)
             processor = edit.statement(f"self.{PROCESSOR} = LogitsProcessor({edit.code(call.args[0].value)})")
-            edits[line] = lambda updated, processor=processor: cst.FlattenSentinel([updated, processor])
+            edits[line] = _followed_by(processor)
     for call in (n for n in edit.walk(node) if isinstance(n, cst.Call)):
         head = edit.code(call.func)
         if head in biased:
-            bias = f", {head}.bias" if biased[head] else ""
-            edits[call] = lambda updated, head=head, bias=bias: edit.parse(
-                f"self.{PROCESSOR}({head}, {edit.code(updated.args[0].value)}{bias})"
-            )
+            edits[call] = _processed(head, f", {head}.bias" if biased[head] else "")
     return edits
+
+
+def _followed_by(statement: cst.SimpleStatementLine) -> edit.Edit:
+    return lambda updated: cst.FlattenSentinel([updated, statement])
+
+
+def _processed(head: str, bias: str) -> edit.Edit:
+    return lambda updated: edit.parse(f"self.{PROCESSOR}({head}, {edit.code(updated.args[0].value)}{bias})")
 
 
 def _has_bias(call: cst.Call) -> bool:
@@ -102,6 +108,10 @@ def _tie(tree: cst.Module, spec: ModelSpec, edits: dict[cst.CSTNode, edit.Edit])
         return {}
     lines = "\n".join(
         f"if config.tie_word_embeddings:\n    self.{head} = self.{head}.tie_weights(self.{table})"
-        for head, table in ((h.removesuffix(".weight"), t.removesuffix(".weight")) for h, t in spec.weights.tied.items())
+        for head, table in (map(_module, pair) for pair in spec.weights.tied.items())
     )
     return {init.body: lambda updated: updated.with_changes(body=[*updated.body, *edit.block(lines)])}
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")

@@ -38,7 +38,7 @@ class OakForCausalLM(nn.Module):
             [OakLayer(config, linear_method=linear_method) for _ in range(config.num_layers)]
         )
 """
-_AFTER = '''\
+_AFTER = """\
 from torch import nn
 from porter.runtime.layers.linear import ReplicatedLinear
 from porter.runtime.layers.embedding import VocabParallelEmbedding
@@ -49,7 +49,8 @@ from vllm.model_executor.models.utils import maybe_prefix
 class OakLayer(nn.Module):
     def __init__(self, config, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        self.mix = ReplicatedLinear(config.hidden_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=f"{prefix}.mix", return_bias=False)
+        self.mix = ReplicatedLinear(config.hidden_size, config.hidden_size, \
+quant_config=vllm_config.quant_config, prefix=f"{prefix}.mix", return_bias=False)
 
     def forward(self, x):
         return self.mix(x)
@@ -61,11 +62,13 @@ class OakForCausalLM(nn.Module):
         config = vllm_config.model_config.hf_config
         vllm_config.cache_config.sliding_window = None  # each layer states its own
         self.config = config
-        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=maybe_prefix(prefix, "embed"))
+        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, \
+quant_config=vllm_config.quant_config, prefix=maybe_prefix(prefix, "embed"))
         self.layers = nn.ModuleList(
-            [OakLayer(config, vllm_config=vllm_config, prefix=maybe_prefix(prefix, f"layers.{i}")) for i in range(config.num_layers)]
+            [OakLayer(config, vllm_config=vllm_config, prefix=maybe_prefix(prefix, \
+f"layers.{i}")) for i in range(config.num_layers)]
         )
-'''
+"""
 _INIT = """\
 def __init__(self, config, linear_method=None):
     super().__init__(config, linear_method=linear_method)
@@ -195,9 +198,11 @@ def _with_parameters(node: cst.FunctionDef, kept: list[cst.Param]) -> cst.Functi
 def _with_config(node: cst.FunctionDef) -> cst.FunctionDef:
     """vLLM gives the entry nothing but its configuration."""
     lines = list(node.body.body)
-    place = next((i + 1 for i, s in enumerate(lines) if edit.code(s) == "super().__init__()"), 0)
-    known = edit.code(node)
-    lines[place:place] = edit.block(_CONFIG if "self.config = " in known else f"{_CONFIG}self.config = config\n")
+    after = next((i + 1 for i, s in enumerate(lines) if edit.code(s) == "super().__init__()"), 0)
+    first = after if not any("config" in edit.names_read(s) for s in lines[:after]) else 0
+    known = "self.config = " in edit.code(node)
+    lines[after:after] = [] if known else [edit.statement("self.config = config")]
+    lines[first:first] = edit.block(_CONFIG)
     return node.with_changes(body=node.body.with_changes(body=lines))
 
 

@@ -39,7 +39,9 @@ class OakAttention(nn.Module):
             sliding_window=config.sliding_window,
         )
 
-    def forward(self, positions, query, key, value, kv_cache, attn_metadata):
+    def forward(self, positions, hidden_states, kv_cache, attn_metadata):
+        query, key, value = self.qkv_proj.split(self.qkv_proj(hidden_states))
+        query = self.q_norm(query.view(-1, 2, 8))
         return self.attn(positions, query, key, value, kv_cache, attn_metadata)
 """
 _AFTER = """\
@@ -52,11 +54,16 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 class OakAttention(nn.Module):
     def __init__(self, config, *, vllm_config, prefix):
         super().__init__()
-        self.rotary_emb = get_rope(config.head_dim, config.max_position_embeddings, is_neox_style=True, rope_parameters=supported_rope(config.rope_parameters))
-        self.attn = Attention(self.qkv_proj.num_heads, config.head_dim, self.scaling, num_kv_heads=self.qkv_proj.num_kv_heads, per_layer_sliding_window=config.sliding_window, cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=f"{prefix}.attn")
+        self.rotary_emb = get_rope(config.head_dim, config.max_position_embeddings, is_neox_style=True, \
+rope_parameters=supported_rope(config.rope_parameters))
+        self.attn = Attention(self.qkv_proj.num_heads, config.head_dim, self.scaling, \
+num_kv_heads=self.qkv_proj.num_kv_heads, per_layer_sliding_window=config.sliding_window, \
+cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=f"{prefix}.attn")
 
-    def forward(self, positions, query, key, value, kv_cache, attn_metadata):
-        return self.attn(*self.rotary_emb(positions, query, key), value)
+    def forward(self, positions, hidden_states, kv_cache, attn_metadata):
+        query, key, value = self.qkv_proj.split(self.qkv_proj(hidden_states))
+        query = self.q_norm(query.view(-1, 2, 8))
+        return self.attn(*self.rotary_emb(positions, query.flatten(1), key), value)
 """
 
 
@@ -80,6 +87,16 @@ class _Replace(cst.CSTTransformer):
     def __init__(self) -> None:
         super().__init__()
         self.imports: dict[str, list[str]] = {f"{LAYERS}.attention": ["Attention"]}
+        self.inside = False  # a class that makes an attention layer
+        self.flat: set[str] = set()  # what the current function takes from a packed projection, `[tokens, features]`
+
+    def visit_ClassDef(self, node: cst.ClassDef) -> None:
+        self.inside = any(isinstance(n, cst.Call) and edit.code(n.func) in ATTENTION for n in edit.walk(node))
+
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
+        bound = [(n, edit.code(t)) for n in edit.walk(node.body) if isinstance(n, cst.Assign) for t in edit.targets(n)]
+        split = {name for n, name in bound if isinstance(n.value, cst.Call) and _is_split(n.value)}
+        self.flat = {name for name in split if [other for _, other in bound].count(name) == 1}
 
     def leave_SimpleStatementLine(self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine):  # type: ignore[no-untyped-def]
         made = updated_node.body[0] if len(updated_node.body) == 1 else None
@@ -92,8 +109,11 @@ class _Replace(cst.CSTTransformer):
     def _creation(self, target: str, kind: str, call: cst.Call) -> list[str]:
         name = target.removeprefix("self.")
         if "." in name or name == target:
-            raise Refusal("", 0, target, "the attention layer is no attribute, so vLLM can't name it", "assign it to self")
+            why = "the attention layer is no attribute, so vLLM can't name it"
+            raise Refusal("", 0, target, why, "assign it to self")
         given = {a.keyword.value: edit.code(a.value) for a in call.args if a.keyword is not None}
+        if "v_head_dim" in given:
+            raise Refusal("", 0, "attention", "vLLM's layer has one size for keys and values", "use the native target")
         sizes = [edit.code(a.value) for a in call.args if a.keyword is None]
         lines = [self._rope(sizes[1], given)] if kind == "rope" else []
         fields = [*sizes, *(f"{_NAMES[k]}={v}" for k, v in given.items() if k in _NAMES)]
@@ -116,22 +136,28 @@ class _Replace(cst.CSTTransformer):
         neox = {"False": "True", "True": "False"}.get(given.get("interleaved", "False"))
         neox = neox or f"not {given['interleaved']}"
         turned = f", {given['rotary_dim']}" if "rotary_dim" in given else ""
-        parameters = f"supported_rope({given['rope_parameters']}{turned})"
-        return (
-            f"self.rotary_emb = get_rope({head_dim}, {given['max_position']}, "
-            f"is_neox_style={neox}, rope_parameters={parameters})"
-        )
+        given_parameters = given["rope_parameters"]
+        parameters = f"supported_rope({given_parameters}{turned})"
+        made = f"get_rope({head_dim}, {given['max_position']}, is_neox_style={neox}, rope_parameters={parameters})"
+        if given_parameters.endswith(" None") or given_parameters.startswith("None "):
+            self._import(SUPPORT, "unrotated")
+            made = f"{made} if ({given_parameters}) is not None else unrotated"
+        return f"self.rotary_emb = {made}"
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         texts = [edit.code(a.value) for a in updated_node.args]
-        if edit.code(updated_node.func) != "self.attn" or texts[-1:] != ["attn_metadata"]:
+        if not self.inside or edit.code(updated_node.func) != "self.attn" or texts[-1:] != ["attn_metadata"]:
             return updated_node
         if len(texts) == 5:
             last = updated_node.args[2].with_changes(comma=cst.MaybeSentinel.DEFAULT)
             return updated_node.with_changes(args=[*updated_node.args[:2], last])
-        rotated = f"f(*self.rotary_emb({', '.join(texts[:3])}), {texts[3]})"
+        query, key = (text if text in self.flat else f"{text}.flatten(1)" for text in texts[1:3])
+        rotated = f"f(*self.rotary_emb({texts[0]}, {query}, {key}), {texts[3]})"
         return updated_node.with_changes(args=edit.parse(rotated).args)  # type: ignore[attr-defined]
 
     def _import(self, module: str, name: str) -> None:
         self.imports.setdefault(module, []).append(name)
 
+
+def _is_split(call: cst.Call) -> bool:
+    return isinstance(call.func, cst.Attribute) and call.func.attr.value == "split" and len(call.args) == 1

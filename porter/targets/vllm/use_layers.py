@@ -80,7 +80,8 @@ class UseLayers(TargetPass):
     EXAMPLES = (Example(_BEFORE, _AFTER),)
 
     def apply(self, tree: cst.Module, spec: ModelSpec) -> cst.Module:
-        names = {name: new for module, known in RENAMED.items() for name, new in known.items() if name in used(tree, module)}
+        read = {module: used(tree, module) for module in RENAMED}
+        names = {n: new for module, known in RENAMED.items() for n, new in known.items() if n in read[module]}
         if not names:
             return tree
         walk = _Rename({name: new for name, (_, new) in names.items() if new != name})

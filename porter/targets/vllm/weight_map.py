@@ -21,11 +21,7 @@ def class_lines(spec: ModelSpec) -> str:
     tables = {"embedding": "input_embeddings", "head": "output_embeddings"}
     found = {getattr(spec, k).rpartition(".")[2]: v for k, v in tables.items() if getattr(spec, k)}
     embeddings = ", ".join(f'"{name}": "{kind}"' for name, kind in found.items())
-    return (
-        f"hf_to_vllm_mapper = {mapper}\n"
-        f"packed_modules_mapping = {packed!r}\n"
-        f"embedding_modules = {{{embeddings}}}\n"
-    )
+    return f"hf_to_vllm_mapper = {mapper}\npacked_modules_mapping = {packed!r}\nembedding_modules = {{{embeddings}}}\n"
 
 
 def _patterns(spec: ModelSpec) -> Iterator[tuple[str, str | None]]:

@@ -22,6 +22,10 @@ _IMPORTS = {
     ".support": ["load_weights"],
 }
 
+_EMBED = """\
+def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    return self.{embedding}(input_ids)
+"""
 _BEFORE = """\
 import torch
 from torch import nn
@@ -47,7 +51,7 @@ class OakForCausalLM(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids, positions)
 """
-_AFTER = '''\
+_AFTER = """\
 import torch
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -65,7 +69,8 @@ class OakModel(nn.Module):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, \
+inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
         return (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
 
 
@@ -83,12 +88,13 @@ class OakForCausalLM(nn.Module, SupportsLoRA):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, intermediate_tensors: IntermediateTensors | None = None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, \
+intermediate_tensors: IntermediateTensors | None = None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
         return self.model(input_ids, positions, inputs_embeds=inputs_embeds)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return load_weights(self, weights, self.hf_to_vllm_mapper, self.packed_modules_mapping)
-'''
+"""
 
 
 class WriteEntry(TargetPass):
@@ -207,10 +213,9 @@ def _compiled(updated: cst.ClassDef) -> cst.ClassDef:
 def _entry(node: cst.ClassDef, spec: ModelSpec, embedding: str) -> cst.ClassDef:
     body = [_interface(s) if isinstance(s, cst.FunctionDef) else s for s in node.body.body]
     place = 1 if body and edit.code(body[0])[:3] in ('"""', "'''") else 0
-    first = next((i for i, s in enumerate(body) if isinstance(s, cst.FunctionDef) and s.name.value == "forward"), len(body))
-    body[first:first] = edit.block(
-        f"\ndef embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:\n    return self.{embedding}(input_ids)\n"
-    )
+    methods = {s.name.value: i for i, s in enumerate(body) if isinstance(s, cst.FunctionDef)}
+    first = methods.get("forward", len(body))
+    body[first:first] = edit.block(_EMBED.format(embedding=embedding))
     body[place:place] = edit.block(class_lines(spec))
     body += edit.block(
         "\ndef load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:\n"
