@@ -48,6 +48,7 @@ class Flows:
     """The uses of every tensor of one path."""
 
     def __init__(self, world: World) -> None:
+        self.live = {id(v) for v in world.result.walk()} if world.result is not None else None
         self.uses: dict[int, list[Value]] = defaultdict(list)
         self.tensors: dict[int, Tensor] = {}
         for values in world.values.values():
@@ -62,7 +63,8 @@ class Flows:
             return
         self.tensors[id(value)] = value
         for arg in _flat_args(value):
-            self.uses[id(arg)].append(value)
+            if self.live is None or id(value) in self.live:  # what leads nowhere uses nothing
+                self.uses[id(arg)].append(value)
             if isinstance(arg, Tensor):
                 self._add(arg)
 

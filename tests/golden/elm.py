@@ -56,7 +56,7 @@ class ElmAttention(nn.Module):
     def forward(self, x: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: AttentionMetadata) -> torch.Tensor:
         query, key, value = self.c_attn.split(self.c_attn(x))
 
-        return self.c_proj(self.attn(query, key, value, kv_cache, attn_metadata))  # a, present, (attentions)
+        return self.c_proj(self.attn(query, key, value, kv_cache, attn_metadata))
 
 
 class ElmMLP(nn.Module):
@@ -85,7 +85,7 @@ class ElmBlock(nn.Module):
         x = x + a
         m = self.mlp(self.ln_2(x))
         x = x + m
-        return x  # x, (present), (attentions)
+        return x
 
 
 class ElmPreTrainedModel(nn.Module):
@@ -112,10 +112,9 @@ class ElmModel(ElmPreTrainedModel):
         kv_caches: list[torch.Tensor],
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        past_key_values = tuple([None] * len(self.h))
         inputs_embeds = self.wte(input_ids)
         hidden_states = inputs_embeds + self.wpe(positions)
-        for i, (block, layer_past) in enumerate(zip(self.h, past_key_values)):
+        for i, block in enumerate(self.h):
             hidden_states = block(hidden_states, kv_caches[i], attn_metadata)
 
         hidden_states = self.ln_f(hidden_states)
