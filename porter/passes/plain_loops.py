@@ -65,7 +65,8 @@ def _plain(facts: Facts, function: cst.FunctionDef, loop: cst.For) -> dict[cst.C
 
 def _zip_of(loop: cst.For) -> tuple[cst.Call | None, cst.Tuple | None]:
     """`zip(...)` and the names for its items, also below an enumerate."""
-    call, target = loop.iter, loop.target
+    call: cst.BaseExpression = loop.iter
+    target: cst.BaseExpression = loop.target
     if _calls(call, "enumerate") and isinstance(target, cst.Tuple) and len(target.elements) == 2:
         assert isinstance(call, cst.Call)
         call, target = call.args[0].value, target.elements[1].value
