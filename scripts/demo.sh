@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The main job on a real model, from nothing: convert, verify, register, complete. Writes .venv and .demo only.
+# The main job on a real model, from nothing: convert, verify, register, complete. Writes .venv, .demo and .cache only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ./scripts/setup.sh gguf
-export PATH="$PWD/.venv/bin:$PATH" PORTER_HOME="$PWD/.demo/home" HF_HUB_OFFLINE=1
+export PATH="$PWD/.venv/bin:$PATH" PORTER_HOME="$PWD/.demo/home" HF_HUB_OFFLINE=1 XDG_CACHE_HOME="$PWD/.cache"
 say() { printf '\n$ %s\n' "$*"; "$@"; }
 
 say python scripts/make_smollm2.py .demo/smollm2

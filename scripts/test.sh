@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ./scripts/setup.sh dev
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/.venv/bin:$PATH" XDG_CACHE_HOME="$PWD/.cache"
 python scripts/make_smollm2.py .demo/smollm2
 python scripts/fetch_old_sources.py .cache/old-sources || echo "tests that read old modeling files will be skipped" >&2
 # One process for each processor; worksteal, because a few tests take as long as a hundred others.
