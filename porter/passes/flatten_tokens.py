@@ -10,6 +10,7 @@ from porter.analyze.values import Layer, Scalar, Sequence, Tensor, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 from porter.passes.flat_layout import LAYOUT, apart, flat_size, is_module, layout, receiver, refuse
+from porter.passes.flat_sizes import token_product, unpacked_shape
 
 # Where an operation takes its dim when it is not a keyword: method position after the receiver.
 DIM_AT = {
@@ -194,10 +195,14 @@ class FlattenTokens(Pass):
 def _flatten(facts: Facts, node: cst.CSTNode) -> dict[cst.CSTNode, edit.Edit]:
     values = facts.values(node)
     if isinstance(node, cst.Assign) and len(node.targets) == 1 and isinstance(node.targets[0].target, cst.Tuple):
-        return _unpacked_shape(facts, node)
+        return unpacked_shape(facts, node)
     size = flat_size(facts, node)
     if size is not None:
         return {node: edit.replace(size)}
+    if isinstance(node, cst.BinaryOperation):
+        counted = token_product(facts, node)
+        if counted:
+            return counted
     made = [v for v in values if isinstance(v, Tensor) and v.node is node and v.args]
     pieces = [
         v.items[0]
@@ -213,35 +218,6 @@ def _flatten(facts: Facts, node: cst.CSTNode) -> dict[cst.CSTNode, edit.Edit]:
     if pieces:
         return _dim(facts, node, [p for p in pieces if isinstance(p, Tensor)], "split")
     return {}
-
-
-def _unpacked_shape(facts: Facts, node: cst.Assign) -> dict[cst.CSTNode, edit.Edit]:
-    """`batch, seq, hidden = x.shape` keeps only the sizes that a token has."""
-    shapes = [v for v in facts.values(node.value) if isinstance(v, Sequence) and v.op in ("shape", "part")]
-    target = node.targets[0].target
-    assert isinstance(target, cst.Tuple)
-    if not shapes or not any(
-        isinstance(i, Scalar) and i.size is not None and i.size.has_tokens for i in shapes[0].items
-    ):
-        return {}
-    code = edit.code(node.value)
-    base = code.removesuffix(".size()").removesuffix(".shape")
-    if shapes[0].op == "part":
-        return {node: lambda _: edit.cst.RemoveFromParent()} if False else _poison(node, target, shapes[0], code)
-    lines = []
-    count = len(shapes[0].items)
-    for i, (element, item) in enumerate(zip(target.elements, shapes[0].items, strict=True)):
-        name = edit.code(element.value)
-        assert isinstance(item, Scalar) and item.size is not None
-        if name != "_" and not item.size.has_tokens:
-            lines.append(f"{name} = {base}.shape[{i - count}]")
-    new = [edit.statement(line).body[0] for line in lines]
-    return {node: lambda _: cst.FlattenSentinel(new) if new else cst.RemoveFromParent()}
-
-
-def _poison(node: cst.Assign, target: cst.Tuple, shape: Sequence, code: str) -> dict[cst.CSTNode, edit.Edit]:
-    """Sizes of a sliced shape: token counts become a name that nothing defines, so that a use is refused."""
-    return {node: edit.remove}
 
 
 def _operation(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTNode, edit.Edit]:
