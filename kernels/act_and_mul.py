@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from porter.kernels.backend import tl, triton, use_triton
+from porter.kernels.cpu_library import CpuFunction, cpu_function
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -108,8 +109,21 @@ def _launch(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
     return out.view(*x.shape[:-1], size)
 
 
+def _on_cpu(function: CpuFunction, x: torch.Tensor) -> torch.Tensor:
+    size = x.shape[-1] // 2
+    rows = x.reshape(-1, 2 * size)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    out = torch.empty(*x.shape[:-1], size, dtype=x.dtype)
+    function(rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], size)
+    return out
+
+
 def act_and_mul(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
     """x `[..., 2 * size]` -> act(x[..., :size]) * x[..., size:]."""
     if hidden_act in FUSED and use_triton(x):
         return _launch(x, hidden_act)
+    if hidden_act in ("silu", "swish") and x.is_cpu:
+        function = cpu_function("silu_and_mul", x.dtype, "pipii")
+        if function is not None:
+            return _on_cpu(function, x)
     return act_and_mul_reference(x, hidden_act)

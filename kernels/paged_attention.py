@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from porter.kernels.backend import tl, triton, use_triton
+from porter.kernels.decode_attention_cpu import can_decode, decode_attention_cpu
 from porter.kernels.paged_attention_cpu import CpuPlan, cpu_attention
 
 # (query_len, context_len) of each sequence; block_size 8 makes the odd lengths end inside a block
@@ -299,8 +300,13 @@ def paged_attention(
         return _launch(query, kv_cache, batch, traits, sinks, alibi_slopes, out)
     if query.device.type != "cpu":
         return paged_attention_reference(query, kv_cache, batch, traits, sinks, alibi_slopes)
+    plain = sinks is None and alibi_slopes is None and traits.softcap is None
+    if plain and can_decode(query, kv_cache, batch.max_seqlen_q):
+        return decode_attention_cpu(
+            query, kv_cache, batch.block_tables, batch.context_lens, traits.scaling, traits.sliding_window
+        )
     plan = batch.cpu_plan(kv_cache.shape[2], traits.sliding_window)
-    if sinks is None and alibi_slopes is None and traits.softcap is None:
+    if plain:
         return cpu_attention(query, kv_cache, plan, traits.scaling)
     positions = plan.key_positions
     biases = None

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from porter.kernels.backend import tl, triton, use_triton
+from porter.kernels.cpu_library import CpuFunction, cpu_function
 
 CASES: list[dict[str, Any]] = [
     {"num_tokens": 1, "hidden_size": 64, "unit_offset": False},
@@ -98,10 +99,24 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool
     return out.view(x.shape)
 
 
+def _on_cpu(function: CpuFunction, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool) -> torch.Tensor:
+    hidden_size = x.shape[-1]
+    rows = x if x.dim() == 2 else x.reshape(-1, hidden_size)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    function(
+        rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), rows.shape[0], hidden_size, eps, offset
+    )
+    return out
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False) -> torch.Tensor:
     """x `[..., hidden]` normalised and scaled by weight `[hidden]` (or 1 + weight); dtype of x."""
     if use_triton(x):
         return _launch(x, weight, eps, unit_offset)
+    function = cpu_function("rms_norm", x.dtype, "pippiifi") if x.is_cpu and weight.dtype == x.dtype else None
+    if function is not None:
+        return _on_cpu(function, x, weight, eps, unit_offset)
     if x.dtype == torch.float32 and not unit_offset:
         return F.rms_norm(x, weight.shape, weight, eps)
     return rms_norm_reference(x, weight, eps, unit_offset)

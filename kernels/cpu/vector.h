@@ -66,3 +66,20 @@ static inline float sum(Floats v) {
     return total;
 #endif
 }
+
+// e^x: 2^n times the exponential's series of what is left, to about one unit in the last place
+static inline Floats exponential(Floats x) {
+    x = x > 88.0f ? broadcast(88.0f) : x;
+    x = x < -87.0f ? broadcast(-87.0f) : x;
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest integer
+    const Floats n = shifted - 12582912.0f;
+    const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first one short
+    Floats y = r * (1.0f / 5040) + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    return (Floats)((Ints)y + (__builtin_convertvector(n, Ints) << 23));
+}

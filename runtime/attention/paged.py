@@ -10,6 +10,7 @@ from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_at
 from porter.kernels.rotary_embedding import Tables, rotary_embedding, rotary_tables
 from porter.kernels.rotate import Rotation
 from porter.kernels.rotate_and_store import rotate_and_store
+from porter.kernels.rotate_and_store_cpu import can_rotate_and_store, rotate_and_store_cpu
 from porter.kernels.store_kv_cache import store_kv_cache
 from porter.runtime.deferred import materialize
 from porter.runtime.errors import ConfigError
@@ -72,6 +73,10 @@ class PagedAttention(nn.Module):
         value = self._padded(value.reshape(-1, self.num_kv_heads, self.v_head_dim))
         batch, all_stored = attn_metadata.once("batch", lambda: _batch(attn_metadata))
         store_kv_cache(key, value, kv_cache, attn_metadata.slot_mapping, all_stored)
+        return self._attend(query, kv_cache, batch)
+
+    def _attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+        """`[num_tokens, num_heads * v_head_dim]`, for keys and values that are stored."""
         sinks = self._sinks[0] if self._sinks else None
         out = paged_attention(query, kv_cache, batch, self.traits, sinks, self.alibi_slopes)
         return out[..., : self.v_head_dim].reshape(-1, self.num_heads * self.v_head_dim)
@@ -196,6 +201,11 @@ class PagedAttentionWithRoPE(PagedAttention):
             (id(rope), query.dtype, self.interleaved),
             lambda: self._tables(rope, positions, query.dtype),
         )
+        plain = not self.interleaved and self.head_dim == self.v_head_dim == self.cache_dim
+        if plain and can_rotate_and_store(value, kv_cache):
+            query = rotate_and_store_cpu(query, key, value, tables, kv_cache, attn_metadata.slot_mapping)
+            batch, _ = attn_metadata.once("batch", lambda: _batch(attn_metadata))
+            return self._attend(query, kv_cache, batch)
         query = query.reshape(-1, self.num_heads, self.head_dim)
         key = key.reshape(-1, self.num_kv_heads, self.head_dim)
         query, key = rotary_embedding(query, key, tables, self.interleaved)

@@ -1,0 +1,96 @@
+// Attention of one query for each sequence, over the pages where its keys and values lie.
+#include "vector.h"
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+constexpr long CHUNK = 64;  // keys whose scores are held at once
+
+template <typename T> static inline float dot(const float* q, const T* k, long dim) {
+    Floats sums{};
+    for (long i = 0; i < dim; i += LANES) sums += load<Floats>(q + i) * load_floats(k + i);
+    return sum(sums);
+}
+
+// scores of one head -> weights e^(score - highest); what is already summed shrinks with a new highest
+static inline void weigh(float* scores, long count, float& highest, float& total, float* out, long dim) {
+    const float best = std::max(highest, *std::max_element(scores, scores + count));
+    const float shrink = highest == best ? 1.0f : std::exp(highest - best);
+    std::fill(scores + count, scores + CHUNK, -std::numeric_limits<float>::infinity());
+    Floats sums{};
+    for (long i = 0; i < count; i += LANES) {
+        const Floats score = load<Floats>(scores + i);
+        const Floats weight = score >= -3.4e38f ? exponential(score - best) : Floats{};
+        store(scores + i, weight);
+        sums += weight;
+    }
+    total = total * shrink + sum(sums);
+    highest = best;
+    if (shrink != 1.0f)
+        for (long i = 0; i < dim; i++) out[i] *= shrink;
+}
+
+template <typename T, int WIDTH>
+static inline void accumulate(const T* const* rows, long place, const float* weights, long count, float* out) {
+    Floats sums[WIDTH];
+    for (int j = 0; j < WIDTH; j++) sums[j] = load<Floats>(out + place + j * LANES);
+    for (long i = 0; i < count; i++)
+        for (int j = 0; j < WIDTH; j++) sums[j] += weights[i] * load_floats(rows[i] + place + j * LANES);
+    for (int j = 0; j < WIDTH; j++) store(out + place + j * LANES, sums[j]);
+}
+
+template <typename T>
+static void attend(const T* query, const T* keys, const T* values, const int32_t* table, T* out, long first, long context,
+                   long group, long dim, long kv_heads, long block_size, float scale) {
+    std::vector<float> space(group * (2 * dim + CHUNK + 2));
+    float *q = space.data(), *sums = q + group * dim, *scores = sums + group * dim, *highest = scores + group * CHUNK;
+    float* total = highest + group;
+    for (long i = 0; i < group * dim; i++) q[i] = to_float(query[i]) * scale;
+    std::fill(highest, total, -std::numeric_limits<float>::infinity());
+    const T *k[CHUNK], *v[CHUNK];
+    for (long start = first; start < context; start += CHUNK) {
+        const long count = std::min(context - start, CHUNK);
+        for (long i = 0; i < count; i++) {
+            const long slot = table[(start + i) / block_size] * block_size + (start + i) % block_size;
+            k[i] = keys + slot * kv_heads * dim;
+            v[i] = values + slot * kv_heads * dim;
+        }
+        for (long i = 0; i < count; i++)
+            for (long g = 0; g < group; g++) scores[g * CHUNK + i] = dot(q + g * dim, k[i], dim);
+        for (long g = 0; g < group; g++) {
+            weigh(scores + g * CHUNK, count, highest[g], total[g], sums + g * dim, dim);
+            const float* weights = scores + g * CHUNK;
+            long j = 0;
+            for (; j + 4 * LANES <= dim; j += 4 * LANES) accumulate<T, 4>(v, j, weights, count, sums + g * dim);
+            for (; j < dim; j += LANES) accumulate<T, 1>(v, j, weights, count, sums + g * dim);
+        }
+    }
+    for (long g = 0; g < group; g++)
+        for (long i = 0; i < dim; i++) out[g * dim + i] = from_float<T>(sums[g * dim + i] / total[g]);
+}
+
+template <typename T>
+static void decode_attention(const T* query, long ldq, const T* keys, const T* values, const int32_t* tables,
+                             long table_width, const int32_t* contexts, T* out, long num_seqs, long heads,
+                             long kv_heads, long dim, long block_size, long window, float scale) {
+    const long group = heads / kv_heads;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (long i = 0; i < num_seqs; i++)
+        for (long h = 0; h < kv_heads; h++) {
+            const long first = window ? std::max(0L, contexts[i] - window) : 0, head = h * group * dim;
+            attend(query + i * ldq + head, keys + h * dim, values + h * dim, tables + i * table_width,
+                   out + i * heads * dim + head, first, contexts[i], group, dim, kv_heads, block_size, scale);
+        }
+}
+
+#define EXPORT(T, NAME)                                                                                               \
+    extern "C" void decode_attention_##NAME(const T* query, long ldq, const T* keys, const T* values,                 \
+                                            const int32_t* tables, long table_width, const int32_t* contexts, T* out, \
+                                            long num_seqs, long heads, long kv_heads, long dim, long block_size,      \
+                                            long window, float scale) {                                               \
+        decode_attention(query, ldq, keys, values, tables, table_width, contexts, out, num_seqs, heads, kv_heads,     \
+                         dim, block_size, window, scale);                                                             \
+    }
+EXPORT(float, float32)
+EXPORT(bfloat16, bfloat16)

@@ -1,0 +1,95 @@
+// What lies between a decoder's matrix products: norms, gated activations, rotation with the cache store.
+#include "vector.h"
+#include <cmath>
+
+constexpr long SERIAL = 32768;  // fewer elements than this are not worth waking the other threads
+
+// weight * cast(x / rms(x)), or cast((1 + weight) * x / rms(x)) with unit_offset
+template <typename T>
+static void rms_norm(const T* x, long ldx, const T* weight, T* y, long rows, long n, float eps, long unit_offset) {
+#pragma omp parallel for schedule(static) if (rows * n >= SERIAL)
+    for (long r = 0; r < rows; r++) {
+        const T* from = x + r * ldx;
+        T* to = y + r * n;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (long j = 0; j < n; j++) squares += to_float(from[j]) * to_float(from[j]);
+        const float scale = 1 / std::sqrt(squares / n + eps);
+        if (unit_offset)
+            for (long j = 0; j < n; j++) to[j] = from_float<T>(to_float(from[j]) * scale * (1 + to_float(weight[j])));
+        else
+            for (long j = 0; j < n; j++)
+                to[j] = from_float<T>(to_float(from_float<T>(to_float(from[j]) * scale)) * to_float(weight[j]));
+    }
+}
+
+template <typename T> static inline Floats load_some(const T* from, long count) {
+    if (count >= LANES) return load_floats(from);
+    T some[LANES] = {};
+    std::memcpy(some, from, count * sizeof(T));
+    return load_floats(some);
+}
+
+template <typename T> static inline void store_some(T* to, Floats v, long count) {
+    for (long i = 0; i < (count < LANES ? count : LANES); i++) to[i] = from_float<T>(v[i]);
+}
+
+// x / (1 + e^-x) of the first half of a row, cast, times the second
+template <typename T> static void silu_and_mul(const T* x, long ldx, T* y, long rows, long n) {
+#pragma omp parallel for schedule(static) if (rows * n >= SERIAL)
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < n; j += LANES) {
+            const Floats gate = load_some(x + r * ldx + j, n - j), up = load_some(x + r * ldx + n + j, n - j);
+            T cast[LANES];
+            store_some(cast, gate / (1 + exponential(-gate)), LANES);
+            store_some(y + r * n + j, load_floats(cast) * up, n - j);
+        }
+}
+
+
+// dimension i of a head turns with its partner half a rotation away; sin carries the sign
+template <typename T>
+static inline void rotate(const T* x, const T* cos, const T* sin, T* y, long dim, long rotary_dim) {
+    const long half = rotary_dim / 2;
+    for (long i = 0; i < half; i++) {
+        const float first = to_float(x[i]), second = to_float(x[i + half]);
+        y[i] = from_float<T>(first * to_float(cos[i]) + second * to_float(sin[i]));
+        y[i + half] = from_float<T>(second * to_float(cos[i + half]) + first * to_float(sin[i + half]));
+    }
+    for (long i = rotary_dim; i < dim; i++) y[i] = x[i];
+}
+
+// query heads turned go to `out`, key heads turned and values to their slot of the cache; a slot of -1 is dropped
+template <typename T>
+static void rotate_and_store(const T* query, long ldq, const T* key, long ldk, const T* value, long ldv, const T* cos,
+                             const T* sin, T* out, T* keys, T* values, const int64_t* slots, long tokens, long heads,
+                             long kv_heads, long dim, long rotary_dim) {
+#pragma omp parallel for schedule(static) if (tokens * heads * dim >= SERIAL)
+    for (long t = 0; t < tokens; t++) {
+        const T *c = cos + t * rotary_dim, *s = sin + t * rotary_dim;
+        for (long h = 0; h < heads; h++)
+            rotate(query + t * ldq + h * dim, c, s, out + (t * heads + h) * dim, dim, rotary_dim);
+        if (slots[t] < 0) continue;
+        const long place = slots[t] * kv_heads * dim;
+        for (long h = 0; h < kv_heads; h++) rotate(key + t * ldk + h * dim, c, s, keys + place + h * dim, dim, rotary_dim);
+        std::memcpy(values + place, value + t * ldv, kv_heads * dim * sizeof(T));
+    }
+}
+
+#define EXPORT(T, NAME)                                                                                              \
+    extern "C" void rms_norm_##NAME(const T* x, long ldx, const T* weight, T* y, long rows, long n, float eps,       \
+                                    long unit_offset) {                                                              \
+        rms_norm(x, ldx, weight, y, rows, n, eps, unit_offset);                                                      \
+    }                                                                                                                \
+    extern "C" void silu_and_mul_##NAME(const T* x, long ldx, T* y, long rows, long n) {                             \
+        silu_and_mul(x, ldx, y, rows, n);                                                                            \
+    }                                                                                                                \
+    extern "C" void rotate_and_store_##NAME(const T* query, long ldq, const T* key, long ldk, const T* value,        \
+                                            long ldv, const T* cos, const T* sin, T* out, T* keys, T* values,        \
+                                            const int64_t* slots, long tokens, long heads, long kv_heads, long dim,  \
+                                            long rotary_dim) {                                                       \
+        rotate_and_store(query, ldq, key, ldk, value, ldv, cos, sin, out, keys, values, slots, tokens, heads,        \
+                         kv_heads, dim, rotary_dim);                                                                 \
+    }
+EXPORT(float, float32)
+EXPORT(bfloat16, bfloat16)
