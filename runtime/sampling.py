@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 from torch import nn
 
+from porter.kernels.argmax import argmax
 from porter.runtime.errors import RequestError
 
 # A row's nucleus is looked for among this many best tokens before the whole vocabulary is sorted.
@@ -198,7 +199,7 @@ class Sampler(nn.Module):
 
     def forward(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
         adjusted = _adjust(logits, sampling_metadata)
-        token_ids = adjusted.argmax(dim=-1)
+        token_ids = argmax(adjusted)
         if sampling_metadata.temperature is not None:
             token_ids = torch.where(
                 sampling_metadata.temperature > 0, _sample_random(adjusted, sampling_metadata), token_ids

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <omp.h>
 #include <vector>
 
 constexpr long CHUNK = 64;  // keys whose scores are held at once
@@ -34,40 +35,44 @@ static inline void weigh(float* scores, long count, float& highest, float& total
 template <typename T, int WIDTH>
 static inline void accumulate(const T* const* rows, long place, const float* weights, long count, float* out) {
     Floats sums[WIDTH];
-    for (int j = 0; j < WIDTH; j++) sums[j] = load<Floats>(out + place + j * LANES);
+    for (int j = 0; j < WIDTH; j++) sums[j] = load<Floats>(out + j * LANES);
     for (long i = 0; i < count; i++)
         for (int j = 0; j < WIDTH; j++) sums[j] += weights[i] * load_floats(rows[i] + place + j * LANES);
-    for (int j = 0; j < WIDTH; j++) store(out + place + j * LANES, sums[j]);
+    for (int j = 0; j < WIDTH; j++) store(out + j * LANES, sums[j]);
 }
 
+// Some neighbouring KV heads of one sequence. Keys are read in the order in which they lie, all heads of one and then
+// the next; the values follow, asked of memory in the meantime.
 template <typename T>
-static void attend(const T* query, const T* keys, const T* values, const int32_t* table, T* out, long first, long context,
-                   long group, long dim, long kv_heads, long block_size, float scale) {
-    std::vector<float> space(group * (2 * dim + CHUNK + 2));
-    float *q = space.data(), *sums = q + group * dim, *scores = sums + group * dim, *highest = scores + group * CHUNK;
-    float* total = highest + group;
-    for (long i = 0; i < group * dim; i++) q[i] = to_float(query[i]) * scale;
+static void attend(const T* query, const T* keys, const T* values, long stride, const int32_t* table, T* out, long first,
+                   long context, long kv_heads, long group, long dim, long block_size, float scale) {
+    const long heads = kv_heads * group, bytes = kv_heads * dim * sizeof(T);
+    std::vector<float> space(heads * (2 * dim + CHUNK + 2));
+    float *q = space.data(), *sums = q + heads * dim, *scores = sums + heads * dim, *highest = scores + heads * CHUNK;
+    float* total = highest + heads;
+    for (long i = 0; i < heads * dim; i++) q[i] = to_float(query[i]) * scale;
     std::fill(highest, total, -std::numeric_limits<float>::infinity());
-    const T *k[CHUNK], *v[CHUNK];
+    const T* rows[CHUNK];
     for (long start = first; start < context; start += CHUNK) {
         const long count = std::min(context - start, CHUNK);
         for (long i = 0; i < count; i++) {
             const long slot = table[(start + i) / block_size] * block_size + (start + i) % block_size;
-            k[i] = keys + slot * kv_heads * dim;
-            v[i] = values + slot * kv_heads * dim;
+            const T* row = keys + slot * stride;
+            rows[i] = values + slot * stride;
+            for (long b = 0; b < bytes; b += 64) __builtin_prefetch((const char*)rows[i] + b);
+            for (long h = 0; h < heads; h++) scores[h * CHUNK + i] = dot(q + h * dim, row + h / group * dim, dim);
         }
-        for (long i = 0; i < count; i++)
-            for (long g = 0; g < group; g++) scores[g * CHUNK + i] = dot(q + g * dim, k[i], dim);
-        for (long g = 0; g < group; g++) {
-            weigh(scores + g * CHUNK, count, highest[g], total[g], sums + g * dim, dim);
-            const float* weights = scores + g * CHUNK;
+        for (long h = 0; h < heads; h++) {
+            float *weights = scores + h * CHUNK, *sum = sums + h * dim;
+            weigh(weights, count, highest[h], total[h], sum, dim);
+            const long place = h / group * dim;
             long j = 0;
-            for (; j + 4 * LANES <= dim; j += 4 * LANES) accumulate<T, 4>(v, j, weights, count, sums + g * dim);
-            for (; j < dim; j += LANES) accumulate<T, 1>(v, j, weights, count, sums + g * dim);
+            for (; j + 4 * LANES <= dim; j += 4 * LANES) accumulate<T, 4>(rows, place + j, weights, count, sum + j);
+            for (; j < dim; j += LANES) accumulate<T, 1>(rows, place + j, weights, count, sum + j);
         }
     }
-    for (long g = 0; g < group; g++)
-        for (long i = 0; i < dim; i++) out[g * dim + i] = from_float<T>(sums[g * dim + i] / total[g]);
+    for (long h = 0; h < heads; h++)
+        for (long i = 0; i < dim; i++) out[h * dim + i] = from_float<T>(sums[h * dim + i] / total[h]);
 }
 
 template <typename T>
@@ -75,12 +80,14 @@ static void decode_attention(const T* query, long ldq, const T* keys, const T* v
                              long table_width, const int32_t* contexts, T* out, long num_seqs, long heads,
                              long kv_heads, long dim, long block_size, long window, float scale) {
     const long group = heads / kv_heads;
+    // few sequences are shared out by heads
+    const long share = num_seqs >= 2 * omp_get_max_threads() ? kv_heads : 1;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (long i = 0; i < num_seqs; i++)
-        for (long h = 0; h < kv_heads; h++) {
+        for (long h = 0; h < kv_heads; h += share) {
             const long first = window ? std::max(0L, contexts[i] - window) : 0, head = h * group * dim;
-            attend(query + i * ldq + head, keys + h * dim, values + h * dim, tables + i * table_width,
-                   out + i * heads * dim + head, first, contexts[i], group, dim, kv_heads, block_size, scale);
+            attend(query + i * ldq + head, keys + h * dim, values + h * dim, kv_heads * dim, tables + i * table_width,
+                   out + i * heads * dim + head, first, contexts[i], share, group, dim, block_size, scale);
         }
 }
 

@@ -76,10 +76,32 @@ static void rotate_and_store(const T* query, long ldq, const T* key, long ldk, c
     }
 }
 
+// The first place of the largest value, or of the first NaN
+template <typename T> static void argmax(const T* x, long ldx, int64_t* places, long rows, long n) {
+#pragma omp parallel for schedule(static) if (rows * n >= SERIAL)
+    for (long r = 0; r < rows; r++) {
+        const T* from = x + r * ldx;
+        float best = to_float(from[0]);
+        int unordered = 0;
+#pragma omp simd reduction(max : best) reduction(| : unordered)
+        for (long j = 0; j < n; j++) {
+            const float value = to_float(from[j]);
+            best = value > best ? value : best;
+            unordered |= value != value;
+        }
+        long j = 0;
+        while (unordered ? to_float(from[j]) == to_float(from[j]) : to_float(from[j]) != best) j++;
+        places[r] = j;
+    }
+}
+
 #define EXPORT(T, NAME)                                                                                              \
     extern "C" void rms_norm_##NAME(const T* x, long ldx, const T* weight, T* y, long rows, long n, float eps,       \
                                     long unit_offset) {                                                              \
         rms_norm(x, ldx, weight, y, rows, n, eps, unit_offset);                                                      \
+    }                                                                                                                \
+    extern "C" void argmax_##NAME(const T* x, long ldx, int64_t* places, long rows, long n) {                        \
+        argmax(x, ldx, places, rows, n);                                                                             \
     }                                                                                                                \
     extern "C" void silu_and_mul_##NAME(const T* x, long ldx, T* y, long rows, long n) {                             \
         silu_and_mul(x, ldx, y, rows, n);                                                                            \

@@ -11,8 +11,16 @@ import pytest
 import torch
 
 from porter.kernels import cpu_library
+from porter.kernels.act_and_mul import act_and_mul, act_and_mul_reference
+from porter.kernels.argmax import argmax
 from porter.kernels.cpu_library import cpu_function
+from porter.kernels.decode_attention_cpu import can_decode, decode_attention_cpu
+from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention_reference
 from porter.kernels.panel_linear import CASES, can_pack_panels, pack_panels, panel_linear, panel_linear_reference
+from porter.kernels.rms_norm import rms_norm, rms_norm_reference
+from porter.kernels.rotary_embedding import rotary_embedding_reference, rotary_tables
+from porter.kernels.rotate_and_store_cpu import can_rotate_and_store, rotate_and_store_cpu
+from porter.kernels.store_kv_cache import store_kv_cache_reference
 
 can_compile = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and a C++ compiler"
@@ -94,3 +102,82 @@ def test_panel_linear_takes_any_leading_dimensions_and_one_dtype() -> None:
 
 def test_float16_is_left_to_torch() -> None:
     assert not can_pack_panels(torch.zeros(4, 4, dtype=torch.float16))
+
+
+compiled = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = 1e-5 if found.dtype == torch.float32 else 1.6e-2
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@can_compile
+@compiled
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("size", [(1, 64), (3, 129), (700, 80)])
+def test_rms_norm(dtype: torch.dtype, unit_offset: bool, size: tuple[int, int]) -> None:
+    x, weight = torch.randn(size[0], size[1] + 3).to(dtype)[:, : size[1]], torch.randn(size[1]).to(dtype)
+    close(rms_norm(x, weight, 1e-5, unit_offset), rms_norm_reference(x, weight, 1e-5, unit_offset))
+
+
+@can_compile
+@compiled
+@pytest.mark.parametrize("size", [(1, 64), (3, 33), (700, 80)])
+def test_silu_and_mul(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    x = torch.randn(size[0], 2 * size[1] + 2).to(dtype)[:, : 2 * size[1]] * 20
+    x[0, :3] = torch.tensor([-float("inf"), -300.0, 300.0])
+    x[0, size[1]] = 0.0
+    close(act_and_mul(x[:, 1:-1], "silu"), act_and_mul_reference(x[:, 1:-1], "silu"))
+
+
+@can_compile
+@compiled
+@pytest.mark.parametrize("rotary_dim", [16, 6])
+def test_rotate_and_store(dtype: torch.dtype, rotary_dim: int) -> None:
+    tokens, heads, kv_heads, dim = 5, 6, 2, 16
+    rows = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+    query, key, value = rows.split_with_sizes([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    angles = torch.randn(tokens, rotary_dim // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cache = torch.zeros(2, 3, 4, kv_heads, dim).to(dtype)
+    slots = torch.tensor([7, 0, -1, 11, 5])
+    assert can_rotate_and_store(value, cache)
+    found = rotate_and_store_cpu(query, key, value, rotary_tables(cos, sin), cache, slots)
+    close(found, rotary_embedding_reference(query.view(tokens, heads, dim), cos, sin))
+    expected = torch.zeros_like(cache)
+    turned = rotary_embedding_reference(key.view(tokens, kv_heads, dim), cos, sin)
+    store_kv_cache_reference(turned, value.view(tokens, kv_heads, dim), expected, slots)
+    close(cache, expected)
+
+
+@can_compile
+@compiled
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("num_seqs", [1, 9])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 64), (3, 3, 80), (8, 1, 16)])
+def test_decode_attention(
+    dtype: torch.dtype, window: int | None, num_seqs: int, heads: int, kv_heads: int, dim: int
+) -> None:
+    contexts = torch.randint(1, 200, (num_seqs,), dtype=torch.int32)
+    blocks = torch.randperm(num_seqs * 25).view(num_seqs, 25).int()
+    cache = torch.randn(2, num_seqs * 25, 8, kv_heads, dim).to(dtype)
+    query = torch.randn(num_seqs, heads, dim + 2).to(dtype)[..., :dim] * 3
+    assert can_decode(query, cache, 1)
+    bounds = torch.arange(num_seqs + 1, dtype=torch.int32)
+    batch = PagedBatch(blocks, contexts, bounds, 1, int(contexts.max()))
+    found = decode_attention_cpu(query, cache, blocks, contexts, 0.3, window)
+    close(found, paged_attention_reference(query, cache, batch, AttentionTraits(0.3, window)))
+
+
+@can_compile
+@compiled
+def test_argmax(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 7001).to(dtype)[:, 1:]
+    x[1, 500], x[1, 900] = 9.0, 9.0
+    x[2] = -float("inf")
+    x[3, 6999] = 9.0
+    x[4, 77] = float("nan")
+    found = argmax(x)
+    assert found.tolist() == [int(x[0].float().argmax()), 500, 0, 6999, 77]
