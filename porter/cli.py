@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from porter import __version__
+from porter.serve.cli import serve
 
 
 class _Commands(TyperGroup):
@@ -234,3 +235,6 @@ def ledger(
     from porter import commands
 
     raise typer.Exit(commands.ledger(model, port, json))
+
+
+app.command()(serve)

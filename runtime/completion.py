@@ -6,6 +6,7 @@ from porter.runtime.detokenizer import IncrementalDetokenizer
 from porter.runtime.outputs import CompletionOutput, TokenLogprobs
 from porter.runtime.sampling import RequestOutputKind
 from porter.runtime.sequence import Sequence
+from porter.runtime.structured_outputs import Matcher
 
 
 class Completion:
@@ -18,6 +19,7 @@ class Completion:
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []
         self._text = ""
+        self._ended_by_token = False
         self._eos_ids = frozenset() if seq.params.ignore_eos else eos_ids
         length = max_model_len - len(seq.prompt_token_ids)
         self.max_tokens = min(length, seq.params.max_tokens or length)
@@ -39,6 +41,8 @@ class Completion:
             return
         if num_output >= self.seq.params.min_tokens:
             self._check_token(token_id)
+        if self.seq.matcher is not None:
+            self._follow_form(self.seq.matcher, token_id)
         if self.finish_reason is None and not self._lazy:
             self._decode(num_output)
         if self.finish_reason is None and num_output >= self.max_tokens:
@@ -75,6 +79,12 @@ class Completion:
             self.finish_reason = "stop"
         elif token_id in self.seq.params.stop_ids:
             self.finish_reason, self.stop_reason = "stop", token_id
+        self._ended_by_token = self.finish_reason is not None
+
+    def _follow_form(self, matcher: Matcher, token_id: int) -> None:
+        matcher.accept(token_id)
+        if self.finish_reason is None and matcher.complete:
+            self.finish_reason = "stop"
 
     def _decode(self, num_tokens: int) -> None:
         if self._detokenizer is None:
@@ -86,9 +96,8 @@ class Completion:
     def _finish_text(self, num_tokens: int) -> None:
         if self._detokenizer is None or isinstance(self.stop_reason, str):
             return
-        ended_by_token = self.finish_reason == "stop"
         include = self.seq.params.include_stop_str_in_output
-        self._decode(num_tokens - (ended_by_token and not include))
+        self._decode(num_tokens - (self._ended_by_token and not include))
         if not isinstance(self.stop_reason, str):
             self._add_text(self._detokenizer.finish())
 

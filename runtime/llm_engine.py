@@ -16,11 +16,13 @@ from porter.runtime.errors import RequestError
 from porter.runtime.executor import Executor
 from porter.runtime.model_runner import Launched, PromptTargets
 from porter.runtime.outputs import Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from porter.runtime.request_check import check_request
 from porter.runtime.sampling import LogprobsTensors, RequestOutputKind, SamplingMetadata, SamplingParams
 from porter.runtime.sampling_batch import build_sampling_metadata, child_seed
 from porter.runtime.scheduler import ScheduledBatch, Scheduler
 from porter.runtime.sequence import Sequence, SequenceStatus
 from porter.runtime.step_input import BatchArrays, IntArray
+from porter.runtime.structured_outputs import GrammarCompiler, Matcher, StructuredOutputs
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
@@ -87,6 +89,7 @@ class LLMEngine:
         self._requests: dict[str, _Request] = {}
         self._steps: deque[_Step] = deque()
         self._seeds = np.random.default_rng(config.seed)
+        self._grammars: GrammarCompiler | None = None
         self._token_text = lru_cache(maxsize=65536)(self._decode_token)
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> None:
@@ -94,7 +97,7 @@ class LLMEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", "choose another")
         token_ids = self._tokenize(prompt) if isinstance(prompt, str) else prompt
-        self._check(token_ids, params)
+        check_request(token_ids, params, self.config.max_model_len, self.vocab_size, self.tokenizer is not None)
         base = params.seed if params.seed is not None else int(self._seeds.integers(2**62))
         stop_ids = params.stop_ids if params.ignore_eos else params.stop_ids | self.eos_token_ids
         stop_ids = frozenset(token for token in stop_ids if token < self.vocab_size)
@@ -103,9 +106,11 @@ class LLMEngine:
             wanted = params.prompt_logprobs if index == 0 else None
             seq = Sequence(request_id, list(token_ids), params, index, child_seed(base, index), stop_ids)
             seq.num_prompt_logprobs = wanted
+            seq.matcher = None if params.structured_outputs is None else self._matcher(params.structured_outputs)
             completions.append(Completion(seq, self.tokenizer, self.eos_token_ids, self.config.max_model_len))
             seq.max_length = len(token_ids) + completions[-1].max_tokens
-            self.scheduler.add(seq)
+        for completion in completions:
+            self.scheduler.add(completion.seq)
         text = prompt if isinstance(prompt, str) else None
         self._requests[request_id] = _Request(text, completions, params.prompt_logprobs)
 
@@ -141,8 +146,8 @@ class LLMEngine:
         return outputs
 
     def _may_run_ahead(self) -> bool:
-        """Penalties need to know every token before the next is sampled."""
-        return self.executor.runs_ahead and not any(seq.params.has_penalties for seq in self.scheduler.running)
+        """Penalties and forms need to know every token before the next is sampled."""
+        return self.executor.runs_ahead and not any(seq.params.needs_output for seq in self.scheduler.running)
 
     def _launch(self, batch: ScheduledBatch) -> _Step:
         self._arrays.sync(batch)
@@ -195,20 +200,12 @@ class LLMEngine:
         token_ids: list[int] = self.tokenizer(prompt)["input_ids"]
         return token_ids
 
-    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
-        if not token_ids:
-            raise RequestError("the prompt is empty", "give at least one token")
-        if len(token_ids) >= self.config.max_model_len:
-            raise RequestError(
-                f"the prompt's {len(token_ids)} tokens leave no room in max_model_len {self.config.max_model_len}",
-                "shorten the prompt or raise max_model_len",
-            )
-        named = [*token_ids, *(params.logit_bias or {}), *params.stop_ids]
-        if min(named) < 0 or max(named) >= self.vocab_size:
-            wrong = next(token for token in named if not 0 <= token < self.vocab_size)
-            raise RequestError(f"token id {wrong} is not in the vocabulary of {self.vocab_size}")
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer", "use stop_token_ids")
+    def _matcher(self, wanted: StructuredOutputs) -> Matcher:
+        if self.tokenizer is None:
+            raise RequestError("structured_outputs needs a tokenizer", "load the tokenizer")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self.vocab_size, self.eos_token_ids)
+        return self._grammars.matcher(wanted)
 
     def _prompt_rows(self, spans: list[_PromptSpan]) -> tuple[IntArray, PromptTargets | None]:
         rows, targets, most = [], [], 0

@@ -18,6 +18,8 @@ from torch import nn
 from porter.runtime.errors import PortError
 
 ENTRY_POINT_GROUP = "porter.models"
+# What the script that was started is called, here and in processes that multiprocessing spawned
+_SCRIPTS = ("__main__", "__mp_main__")
 
 
 class _ModelRegistry:
@@ -38,6 +40,13 @@ class _ModelRegistry:
     def unregister_model(self, architecture: str) -> None:
         """Forget what `register_model` said of `architecture`."""
         self._registered.pop(architecture, None)
+
+    def registered(self) -> dict[str, str]:
+        """What was registered in this process, each as a reference that another process can register."""
+        return {
+            architecture: port if isinstance(port, str) else port_reference(port)
+            for architecture, port in self._registered.items()
+        }
 
     def resolve(self, architectures: Iterable[str] | None) -> type[nn.Module]:
         """The port class for the first of `architectures` that has one; PortError if none has."""
@@ -110,7 +119,7 @@ def port_reference(port: type[nn.Module]) -> str:
     """What another process can pass to `load_port` to get the same class."""
     module = sys.modules.get(port.__module__)
     file = getattr(module, "__file__", None)
-    importable = port.__module__ != "__main__" and not port.__module__.startswith(_PACKAGE)
+    importable = port.__module__ not in _SCRIPTS and not port.__module__.startswith(_PACKAGE)
     if importable and importlib.util.find_spec(port.__module__) is not None:
         return f"{port.__module__}:{port.__qualname__}"
     if file is None or "<locals>" in port.__qualname__:

@@ -10,6 +10,7 @@ from torch import nn
 
 from porter.kernels.argmax import argmax
 from porter.runtime.errors import RequestError
+from porter.runtime.structured_outputs import AllowedTokens, StructuredOutputs
 
 # A row's nucleus is looked for among this many best tokens before the whole vocabulary is sorted.
 NUCLEUS_CANDIDATES = 1024
@@ -29,7 +30,8 @@ class SamplingParams:
     """How one request is sampled; every value is checked and a bad one raises RequestError (a ValueError).
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `max_tokens` None means up to the
-    model's length. Filters apply in the order logit_bias and min_tokens, penalties, temperature, min_p, top_k, top_p.
+    model's length. Filters apply in the order logit_bias and min_tokens, penalties, structured_outputs, temperature,
+    min_p, top_k, top_p.
     `logprobs` are of the raw logits: k best tokens and the sampled one at each step. With `seed`, the same request
     gives the same tokens whatever else is in the batch.
     """
@@ -51,14 +53,16 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
+    structured_outputs: StructuredOutputs | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False, default=())
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())
-    # What steps ask of every request: penalties, temperature alone, one argmax alone
+    # What steps ask of every request: penalties, tokens that depend on those before, temperature alone, one argmax alone
     has_penalties: bool = field(init=False, repr=False, compare=False, default=False)
+    needs_output: bool = field(init=False, repr=False, compare=False, default=False)
     is_plain: bool = field(init=False, repr=False, compare=False, default=False)
     is_plain_greedy: bool = field(init=False, repr=False, compare=False, default=False)
 
@@ -92,12 +96,16 @@ class SamplingParams:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
         if self.stop_strings and not self.detokenize:
             raise RequestError("stop strings need detokenize=True", "use stop_token_ids to stop without text")
+        if self.structured_outputs is not None and self.min_tokens:
+            raise RequestError("min_tokens can't go with structured_outputs", "the form decides when an answer ends")
 
     def _classify(self) -> None:
         penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
         filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        unbiased = self.logprobs is None and not self.logit_bias and not self.min_tokens and not penalties
+        needs_output = penalties or self.structured_outputs is not None
+        unbiased = self.logprobs is None and not (self.logit_bias or self.min_tokens or needs_output)
         object.__setattr__(self, "has_penalties", penalties)
+        object.__setattr__(self, "needs_output", needs_output)
         object.__setattr__(self, "is_plain", unbiased and not filtered)
         object.__setattr__(self, "is_plain_greedy", unbiased and self.temperature == 0)
 
@@ -156,7 +164,8 @@ class SamplingMetadata:
 
     `temperature`, `min_p`, `top_p` float32 [n], `top_k` int64 [n] (vocab size or more = off, `max_top_k` the largest
     below), `uniform` float64 [n] in [0, 1). `bias` is added; `repetition` holds a penalty for each token seen,
-    `frequency` what is subtracted for each generated one. `num_logprobs` is the most that a row asks for, -1 for none.
+    `frequency` what is subtracted for each generated one; `allowed` excludes all others. `num_logprobs` is the most
+    that a row asks for, -1 for none.
     """
 
     temperature: torch.Tensor | None = None
@@ -168,6 +177,7 @@ class SamplingMetadata:
     bias: SparseLogits | None = None
     repetition: SparseLogits | None = None
     frequency: SparseLogits | None = None
+    allowed: AllowedTokens | None = None
     num_logprobs: int = -1
 
 
@@ -220,7 +230,8 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Lo
 
 
 def _adjust(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
-    if metadata.bias is None and metadata.repetition is None and metadata.frequency is None:
+    changes = (metadata.bias, metadata.repetition, metadata.frequency, metadata.allowed)
+    if all(change is None for change in changes):
         return logits
     logits = logits.float().clone()
     if metadata.bias is not None:
@@ -233,6 +244,9 @@ def _adjust(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
     if metadata.frequency is not None:
         index = (metadata.frequency.rows, metadata.frequency.token_ids)
         logits.index_put_(index, -metadata.frequency.values, accumulate=True)
+    if metadata.allowed is not None:
+        rows, forbidden = metadata.allowed.rows, metadata.allowed.forbidden(logits.shape[-1])
+        logits[rows] = logits[rows].masked_fill(forbidden, -math.inf)
     return logits
 
 

@@ -10,6 +10,7 @@ import torch
 
 from porter.runtime.sampling import GREEDY, SamplingMetadata, SparseLogits
 from porter.runtime.sequence import Sequence
+from porter.runtime.structured_outputs import AllowedTokens
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -58,6 +59,7 @@ def build_sampling_metadata(sequences: list[Sequence], vocab_size: int, device: 
         bias=_sparse((entry for row, seq in enumerate(sequences) for entry in _bias(row, seq)), device),
         repetition=_repetition(sequences, device),
         frequency=_frequency(sequences, device),
+        allowed=_allowed(sequences, device),
         num_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=-1),
     )
 
@@ -95,6 +97,14 @@ def _sparse(entries: Iterable[tuple[int, int, float]], device: torch.device) -> 
     if not rows:
         return None
     return SparseLogits(_indices(rows, device), _indices(tokens, device), _column(values, device))
+
+
+def _allowed(sequences: list[Sequence], device: torch.device) -> AllowedTokens | None:
+    found = [(row, seq.matcher.mask()) for row, seq in enumerate(sequences) if seq.matcher is not None]
+    if not found:
+        return None
+    masks = torch.from_numpy(np.stack([mask for _, mask in found])).to(device)
+    return AllowedTokens(_indices([row for row, _ in found], device), masks)
 
 
 def _repetition(sequences: list[Sequence], device: torch.device) -> SparseLogits | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from porter.runtime.sampling import SamplingParams
+from porter.runtime.structured_outputs import Matcher
 
 
 class SequenceStatus(Enum):
@@ -22,7 +23,8 @@ class Sequence:
     `num_cached_tokens` of them came from a shared prefix when it first ran, -1 before that.
     `num_in_flight` tokens are being sampled by a step that still runs; `max_length` counts prompt and output.
     `num_committed` tokens lie in blocks whose prefix others may share.
-    `num_prompt_logprobs` are wanted for each prompt token (None: not at all), and done for the first few.
+    `num_prompt_logprobs` are wanted for each prompt token (None: not at all), and done for the first few. `matcher`
+    holds the output to a form.
     """
 
     request_id: str
@@ -41,6 +43,7 @@ class Sequence:
     max_length: int = 2**62
     num_prompt_logprobs: int | None = None
     num_prompt_logprobs_done: int = 0
+    matcher: Matcher | None = None
     row: int = -1
     status: SequenceStatus = SequenceStatus.WAITING
 
