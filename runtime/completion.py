@@ -27,8 +27,9 @@ class Completion:
         if tokenizer is not None and seq.params.detokenize:
             skip = seq.params.skip_special_tokens
             self._detokenizer = IncrementalDetokenizer(tokenizer, seq.prompt_token_ids, skip)
-        # Text that nobody looks at before the end is decoded at the end
-        self._lazy = seq.params.output_kind is RequestOutputKind.FINAL_ONLY and not seq.params.stop_strings
+        # Text that nobody looks at before the end is decoded at the end; a form must see every token
+        is_final = seq.params.output_kind is RequestOutputKind.FINAL_ONLY
+        self._lazy = is_final and not seq.params.stop_strings and seq.matcher is None
         self._num_decoded = 0
         self._num_sent_tokens = 0
         self._num_sent_chars = 0

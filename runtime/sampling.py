@@ -60,7 +60,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False, default=())
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())
-    # What steps ask of every request: penalties, tokens that depend on those before, temperature alone, one argmax alone
+    # What steps ask of every request: penalties, need of earlier tokens, temperature alone, one argmax alone
     has_penalties: bool = field(init=False, repr=False, compare=False, default=False)
     needs_output: bool = field(init=False, repr=False, compare=False, default=False)
     is_plain: bool = field(init=False, repr=False, compare=False, default=False)

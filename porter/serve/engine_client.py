@@ -231,7 +231,8 @@ class EngineClient:
         assert self._socket is not None
         assert self._process is not None
         message = asyncio.ensure_future(self._socket.recv())
-        await asyncio.wait([message, self._ended], return_when=asyncio.FIRST_COMPLETED)
+        either: tuple[asyncio.Future[Any], ...] = (message, self._ended)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not message.done():
             await asyncio.wait({message}, timeout=_LAST_WORDS_TIMEOUT)
         if message.done():

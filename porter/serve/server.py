@@ -41,8 +41,8 @@ async def _serve(options: ServeOptions, listener: socket.socket) -> int:
         server = _Uvicorn(_config(service))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         console.say(f"serving {service.model_names[0]} at {_url(listener)}")
-        broken = asyncio.create_task(client.broken.wait())
-        await asyncio.wait([serving, stop, broken], return_when=asyncio.FIRST_COMPLETED)
+        ends: tuple[asyncio.Future[Any], ...] = (serving, stop, asyncio.create_task(client.broken.wait()))
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not await _first(asyncio.create_task(client.drain(options.shutdown_timeout)), _signalled()):
             console.warn("requests that were not finished in time were cut off")
         server.should_exit = True
