@@ -117,12 +117,18 @@ def verify(
     port: PortFile = None,
     json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
+    engine: Annotated[
+        str, typer.Option(help="What runs the port: porter, or vllm (plugins, in its own Python).")
+    ] = "porter",
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="A Python that has vLLM; default: `porter vllm-env`.")
+    ] = None,
 ) -> None:
     """Prove a port against the original, module by module and token by token."""
     from porter import commands
     from porter.verify.request import Request
 
-    request = Request(subject, model, random, dtype, tuple(tp or ()), port, trust_remote_code)
+    request = Request(subject, model, random, dtype, tuple(tp or ()), port, trust_remote_code, engine, vllm_python)
     raise typer.Exit(commands.verify(request, json))
 
 
@@ -143,6 +149,33 @@ def sweep(
     from porter import commands
 
     raise typer.Exit(commands.sweep(sources or [], out, jobs or os.cpu_count() or 1, resume, json))
+
+
+@app.command()
+def conform(
+    port: Annotated[Path, typer.Argument(metavar="PORT", help="A port for vLLM: its folder or its module.")],
+    vllm: Annotated[
+        list[str] | None,
+        typer.Option(help="An installed vLLM, a wheel, or a release to read; default: all releases that porter knows."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check that a vLLM has every name and keyword that a port uses, from its source; exit 1 if not."""
+    from porter import commands
+
+    raise typer.Exit(commands.conform(port, vllm or [], json))
+
+
+@app.command(name="vllm-env")
+def vllm_env(
+    folder: Annotated[Path | None, typer.Argument(help="Where to make it; default: beside porter's store.")] = None,
+    version: Annotated[str, typer.Option(help="The release of vLLM.")] = "0.32.0",
+    cpu: Annotated[bool, typer.Option("--cpu", help="The build for machines without a GPU.")] = False,
+) -> None:
+    """Make an environment with vLLM in it, for `porter verify --engine vllm`."""
+    from porter import commands
+
+    commands.vllm_env(folder, version, cpu)
 
 
 @app.command()

@@ -4,7 +4,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,21 +100,57 @@ def _print_converted(port: Port, json: bool) -> None:
     console.result(str(port.path))
     edits = port.manifest.get("edits") or []
     console.say(f"{port.architecture}: {len(edits)} edits, each with its reason in port.json and in --diff")
-    console.say(f"next: porter verify {port.folder} --random, or --model CHECKPOINT")
+    engine = "" if port.target == "native" else f" --engine {port.target}"
+    console.say(f"next: porter verify {port.folder}{engine} --random, or --model CHECKPOINT")
 
 
 def verify(request: "Request", json: bool) -> int:
     """`porter verify`; returns the exit code."""
     with console.progress("loading torch and transformers", None) as advance:
         from porter.verify.report import print_verification
-        from porter.verify.run import verify as run
 
+        if request.engine == "vllm":
+            from porter.vllm.verify import verify as run
+        else:
+            from porter.verify.run import verify as run
         result = run(request, advance)
     if json:
         console.print_json(result.to_json())
     else:
         print_verification(result)
     return 0 if result.passed else CheckFailed.exit_code
+
+
+def conform(path: Path, places: list[str], json: bool) -> int:
+    """`porter conform`; returns the exit code."""
+    from porter.vllm.conform import conform as check
+    from porter.vllm.conform import port_files
+    from porter.vllm.versions import symbols_for
+
+    port = read_port(path)
+    files = port_files(port.folder)
+    if port.target != "vllm":
+        raise UsageError(f"{port.path} is no port for vLLM", "convert with --target vllm")
+    found = {version: check(files, symbols) for version, symbols in symbols_for(files, places)}
+    if json:
+        console.print_json({version: [asdict(each) for each in misfits] for version, misfits in found.items()})
+    else:
+        rows = [(version, f"{len(misfits)} misfits" if misfits else "fits") for version, misfits in found.items()]
+        console.table("", ("vLLM", port.architecture), rows)
+        for version, misfits in found.items():
+            for each in misfits:
+                console.say(f"{version}: {each}")
+    return CheckFailed.exit_code if any(found.values()) else 0
+
+
+def vllm_env(folder: Path | None, version: str, cpu: bool) -> None:
+    """`porter vllm-env`."""
+    from porter.vllm import environment
+
+    with console.working(f"installing vLLM {version}"):
+        python = environment.make(folder, version, cpu)
+    console.result(str(python))
+    console.say("`porter verify --engine vllm` uses it from now on")
 
 
 def register(path: Path, force: bool) -> None:

@@ -49,6 +49,10 @@ def register(port: Port, *, force: bool = False) -> Entry:
     """
     if port.partial:
         raise PortError(f"{port.path} is a partial port", "finish it: convert without --partial")
+    if port.target != "native":
+        raise PortError(
+            f"{port.path} is for {port.target}", "the store keeps ports of porter's own runtime; pip install it"
+        )
     with _store_lock():
         shelf = _ports() / port.architecture
         replaced, identity = _current(shelf), port.sha256[:12]

@@ -6,12 +6,15 @@ from pathlib import Path
 from porter.errors import UsageError
 from porter.verify.tolerances import tolerance
 
+ENGINES = {"porter": "native", "vllm": "vllm"}  # and the emit target of the ports that each runs
+
 
 @dataclass(frozen=True)
 class Request:
     """`subject` is a port, a source or a model type; either `model` (real weights) or `random` is given.
 
-    `tp` are the sizes to compare with 1; empty: the smallest that divides the model's heads.
+    `engine` is what runs the port: porter's runtime, or the vLLM of `vllm_python`. `tp` are the sizes to compare with 1;
+    empty: the smallest that divides the model's heads.
     """
 
     subject: str | None = None
@@ -21,9 +24,18 @@ class Request:
     tp: tuple[int, ...] = ()
     port: Path | None = None
     trust_remote_code: bool = False
+    engine: str = "porter"
+    vllm_python: Path | None = None
+
+    @property
+    def target(self) -> str:
+        """The emit target of the ports that the engine runs."""
+        return ENGINES[self.engine]
 
     def __post_init__(self) -> None:
         tolerance(self.dtype)
+        if self.engine not in ENGINES:
+            raise UsageError(f"there is no engine {self.engine!r}", f"choose one of {', '.join(ENGINES)}")
         if (self.model is None) == (not self.random):
             raise UsageError("verify needs weights, real or random", "pass either --model FOLDER or --random")
         if self.random and self.subject is None and self.port is None:

@@ -31,7 +31,7 @@ def select_port(request: Request) -> Iterator[Selected]:
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="porter-") as folder:
-        yield _converted(str(request.subject or request.model), Path(folder))
+        yield _converted(str(request.subject or request.model), Path(folder), request.target)
 
 
 def _given(request: Request) -> Selected | None:
@@ -43,11 +43,14 @@ def _given(request: Request) -> Selected | None:
     port = read_port(path)
     if port.partial:
         raise PortError(f"{port.path} is a partial port", "finish it: convert without --partial")
+    if port.target != request.target:
+        remedy = f"convert with --target {request.target}" if request.target != "native" else "pass --engine vllm"
+        raise PortError(f"{port.path} is a port for {port.target}, not {request.target}", remedy)
     return Selected(port, f"{port.path} ({port.state})")
 
 
 def _registered(request: Request) -> Selected | None:
-    if request.subject or not request.model:
+    if request.subject or not request.model or request.target != "native":
         return None
     from porter.runtime.checkpoint import load_config, resolve_model
 
@@ -61,12 +64,12 @@ def _registered(request: Request) -> Selected | None:
     return None
 
 
-def _converted(source: str, folder: Path) -> Selected:
+def _converted(source: str, folder: Path, target: str) -> Selected:
     from porter.convert import convert
     from porter.source import load
 
-    conversion = convert(load(source))
-    port = write_port(folder, conversion.code, conversion.manifest)
+    conversion = convert(load(source), target)
+    port = write_port(folder, conversion.code, conversion.manifest, others=conversion.others)
     return Selected(port, f"no port given or registered: {source} was converted for this run only", converted=True)
 
 

@@ -17,6 +17,8 @@ WINDOW = 8
 HEADS = 4
 HIDDEN = 64
 MAX_POSITION = 256
+_HEAD_DIM = r"(head_dim|dim_head|kv_channels|d_kv)$"
+_HIDDEN = r"(hidden_size|d_model|n_embd|dim_model|emb_dim|d_embed|embedding_size|embed_proj_dim)"
 
 # The first rule whose pattern is found in a field's name decides; only whole numbers are replaced, None stays None.
 # 131 and 96 are chosen so that the vocabulary has to be padded and everything else divides by 2 and 4.
@@ -30,7 +32,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(heads?|n_head)$", HEADS),
     (r"(^topk_group|n_groups?|num_expert_group)$", 1),
     (r"(rotary_dim|index_topk)$", 8),
-    (r"(head_dim|dim_head|kv_channels|d_kv)$", HIDDEN // HEADS),
+    (_HEAD_DIM, HIDDEN // HEADS),
     (r"_rank$", 24),
     (r"vocab_size", 131),
     (r"(per_tok|top_?k|top_k_experts|moe_k)$", 2),
@@ -38,7 +40,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_experts|_experts)$", 4),
     (r"(moe|expert|shared)_.*(intermediate|ffn)", 32),
     (r"(intermediate|ffn|feed_forward|inner|d_ff|dim_ff|dff|mlp_hidden)", 96),
-    (r"(hidden_size|d_model|n_embd|dim_model|emb_dim|d_embed|embedding_size|embed_proj_dim)", HIDDEN),
+    (_HIDDEN, HIDDEN),
     (r"original_max_position", 32),
     (r"(max_position|n_positions|n_ctx|max_seq_len|max_target_positions)", MAX_POSITION),
     (r"window", WINDOW),
@@ -69,25 +71,30 @@ def model_type_of(architecture: str) -> str:
     )
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The default config of `model_type`, shrunk."""
+def tiny_config(model_type: str, widths: int = 1) -> PreTrainedConfig:
+    """The default config of `model_type`, shrunk; see `shrink`."""
     try:
         config = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise SourceError(
             f"unknown model type {model_type}", "see `porter convert --help` for what is accepted"
         ) from error
-    return shrink(config)
+    return shrink(config, widths)
 
 
-def shrink(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, widths: int = 1, /, **overrides: Any) -> PreTrainedConfig:
     """A config of the same class with small sizes, every kind of layer once, and `overrides` on top.
+
+    Heads and hidden states are `widths` times as wide as usual, for engines that have no layers for the smallest.
 
     Raises OriginalError when the config class rejects them.
     """
     small = _shrink_config(config.to_dict())
     if "kv_lora_rank" in small and "num_key_value_heads" in small:
         small["num_key_value_heads"] = HEADS  # latent attention has a key for every head
+    for name, value in small.items() if widths > 1 else ():
+        if value in (HIDDEN, HIDDEN // HEADS) and re.search(f"{_HEAD_DIM}|{_HIDDEN}", name):
+            small[name] = value * widths
     with asked_of_original(f"make a tiny {config.model_type} config", "use --model instead"):
         return type(config)(**{**small, **overrides})
 

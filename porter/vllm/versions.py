@@ -8,7 +8,7 @@ Reading a release fetches only the files that define the names, out of its wheel
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ import typer
 
 from porter import console
 from porter.atomic import write_files
+from porter.errors import UsageError
 from porter.targets.base import passes_of
 from porter.vllm.conform import INTERFACE, Name, names_used
 from porter.vllm.library import Library, Symbol
@@ -57,6 +58,21 @@ def known_releases() -> dict[str, dict[Name, Symbol | None]]:
             for version in form["releases"]:
                 found[version][module, name] = None if form["symbol"] is None else _symbol(form["symbol"])
     return found
+
+
+def symbols_for(files: Mapping[str, str], places: Sequence[str]) -> Iterator[tuple[str, Mapping[Name, Symbol | None]]]:
+    """(version, symbols) for the names in a port's files: of each place, or of every release of the map.
+
+    Raises UsageError if the port uses names that the map doesn't have.
+    """
+    names = names_used(files)
+    if places:
+        yield from (read_release(place, names) for place in places)
+        return
+    for version, symbols in known_releases().items():
+        if unknown := sorted(".".join(name) for name in names - symbols.keys()):
+            raise UsageError(f"the map of releases has no {', '.join(unknown)}", "read a vLLM with --vllm")
+        yield version, symbols
 
 
 def _symbol(data: Mapping[str, Any]) -> Symbol:
