@@ -13,8 +13,8 @@ ENGINES = {"porter": "native", "vllm": "vllm"}  # and the emit target of the por
 class Request:
     """`subject` is a port, a source or a model type; either `model` (real weights) or `random` is given.
 
-    `engine` is what runs the port: porter's runtime, or the vLLM of `vllm_python`. `tp` are the sizes to compare with 1;
-    empty: the smallest that divides the model's heads.
+    `engine` is what runs the port: porter's runtime, or the vLLM of `vllm_python`. `tp` are the sizes to compare with
+    1; empty: the smallest that divides the model's heads.
     """
 
     subject: str | None = None

@@ -1,4 +1,4 @@
-"""`python -m porter.vllm.scoreboard` proves many ports in vLLM on tiny checkpoints, and writes docs/scoreboard_vllm.*.
+"""`python -m porter.vllm.scoreboard` proves many ports in vLLM on tiny checkpoints, for docs/scoreboard_vllm.*.
 
 Slow: an engine is started for each checkpoint and each tp_size.
 """
@@ -29,8 +29,8 @@ BATCH = 6  # checkpoints a vLLM process
 _COMMAND = "python -m porter.vllm.scoreboard"
 _PREFACE = f"""# Scoreboard of the vLLM target
 
-Made by `{_COMMAND} SOURCE ...`; scoreboard_vllm.json has the same figures. Each source is converted with no hand edit and
-run as a plugin by an installed vLLM on the CPU, in float32, eagerly, on a tiny random checkpoint of its config class:
+Made by `{_COMMAND} SOURCE ...`; scoreboard_vllm.json has the same figures. Each source is converted with no hand edit
+and run as a plugin by an installed vLLM on the CPU, in float32, eagerly, on a tiny random checkpoint of its config class:
 mean KL divergence of the next token at every prompt position against transformers (eager attention, no cache), and how
 many of 64 greedy tokens are the original's best, with one rank and, where asked for, with two. `alone` is what the same
 vLLM makes of the same checkpoint without the plugin, where that was tried: "right" means the same two measures.
@@ -56,7 +56,7 @@ def main(
     vllm_python: Annotated[Path | None, typer.Option(help="A Python that has vLLM.")] = None,
     tp: Annotated[bool, typer.Option(help="Also run with two ranks.")] = False,
     alone: Annotated[bool, typer.Option(help="Also try vLLM without the plugin.")] = False,
-    out: Annotated[Path, typer.Option(help="Where scoreboard_vllm.* go; other rows there stay.")] = Path("docs"),
+    out: Annotated[Path, typer.Option(help="Where the table goes; other rows there stay.")] = Path("docs"),
 ) -> None:
     """Convert and run sources, and write the table after each batch."""
     python = environment.find(vllm_python)
