@@ -30,10 +30,11 @@ _COMMAND = "python -m porter.vllm.scoreboard"
 _PREFACE = f"""# Scoreboard of the vLLM target
 
 Made by `{_COMMAND} SOURCE ...`; scoreboard_vllm.json has the same figures. Each source is converted with no hand edit
-and run as a plugin by an installed vLLM on the CPU, in float32, eagerly, on a tiny random checkpoint of its config class:
-mean KL divergence of the next token at every prompt position against transformers (eager attention, no cache), and how
-many of 64 greedy tokens are the original's best, with one rank and, where asked for, with two. `alone` is what the same
-vLLM makes of the same checkpoint without the plugin, where that was tried: "right" means the same two measures.
+and run as a plugin by an installed vLLM on the CPU, in float32, eagerly, on a tiny random checkpoint of its config
+class: mean KL divergence of the next token at every prompt position against transformers (eager attention, no cache),
+and how many of 64 greedy tokens are the original's best, with one rank and, where asked for, with two. `vLLM alone` is
+what the same vLLM makes of the same checkpoint without the plugin, where that was tried: "right" means the same two
+measures.
 """
 
 

@@ -1,7 +1,7 @@
 """Which port a request is about; without one, a conversion for this run only."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ MANIFEST = {"architecture": "LlamaForCausalLM", "module": "llama.py"}
 class FakeConversion:
     code: str
     manifest: dict[str, Any]
+    others: dict[str, str] = field(default_factory=dict)
 
 
 @pytest.fixture
