@@ -13,6 +13,7 @@ LINKED = ("kernels", "runtime", "templates")
 
 # What may import the runtime inside porter, as prefixes of module names.
 RUNS_MODELS = (
+    "porter.vllm.",
     "porter.analyze",
     "porter.cli",
     "porter.commands",
