@@ -237,6 +237,15 @@ def test_a_running_sum_over_the_sequence_is_refused() -> None:
         port(positions="hidden_states = torch.cumsum(hidden_states, dim=1)")
 
 
+def test_a_convolution_along_the_sequence_is_refused_by_the_kind_of_cache_that_it_needs() -> None:
+    with pytest.raises(Refusal, match="a convolution along the sequence") as caught:
+        port(
+            norm="nn.Conv1d(config.hidden_size, config.hidden_size, 4, groups=config.hidden_size, padding=3)",
+            positions="hidden_states = hidden_states.transpose(1, 2)[:, :, : input_ids.shape[1]].transpose(1, 2)",
+        )
+    assert caught.value.code == "P201"
+
+
 @pytest.mark.parametrize(
     "line",
     [

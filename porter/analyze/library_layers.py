@@ -20,6 +20,7 @@ LAYERS = {
     "ModuleList": ("module_list", ("items",)),
     "Sequential": ("sequential", ("items",)),
     "ModuleDict": ("module_dict", ("items",)),
+    "Conv1d": ("sequence_conv", ("in_channels", "out_channels", "kernel_size")),
 }
 ACTIVATIONS = {
     "GELU": "gelu",
@@ -59,6 +60,8 @@ def layer_attribute(base: Layer, name: str, node: cst.CSTNode | None) -> Value:
         total = base.params.get(name)
         total = base.params["num_heads"] if total is None or is_none(total) else total
         return Scalar(op="leaf", text=f"local.{name}", size=total.size if isinstance(total, Scalar) else None)
+    if base.kind == "sequence_conv":
+        return ops_layers.needs_state(node)
     if name in base.params and name != "bias":
         return base.params[name]
     if name == "bias" and _is_false(base.params.get("bias")):

@@ -57,6 +57,8 @@ def layer(run: Run, target: Layer, args: list[Value], kwargs: dict[str, Value], 
         return build("embedding", (source, target), shape, node, layer=target, sizes_only=False)
     if kind in ("layer_norm", "rms_norm", "activation"):
         return build(kind, (source, target), shape, node, layer=target)
+    if kind == "sequence_conv":
+        return needs_state(node)
     return _runtime_layer(run, target, args, kwargs, shape, node)
 
 
@@ -160,3 +162,12 @@ def attention(run: Run, short: str, args: list[Value], kwargs: dict[str, Value],
         shape=(out[0], out[2], out[1], out[3]) if out and len(out) == 4 else None,
     )
     return Sequence(op="tuple", args=(back,), items=(back, const(None)))
+
+
+def needs_state(node: cst.CSTNode | None) -> Value:
+    """What a convolution along the sequence gives: nothing that a paged cache of keys and values can serve."""
+    why = (
+        "a convolution along the sequence, as state-space and linear-attention layers have; it keeps a state from "
+        "token to token, for which the runtime has no cache"
+    )
+    return Value(op="unknown", attrs={"why": why, "refusal": "P201"}, node=node)
