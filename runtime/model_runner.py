@@ -1,5 +1,6 @@
 """Holds one rank's model and KV cache, and computes steps."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ class ModelRunner:
         """A cache for each attention layer; zeros, so that no stale NaN can enter a masked product."""
         config = self.config
         shapes = [layer.cache_shape(num_blocks, config.block_size) for layer in self.attention_layers]
-        return [torch.zeros(shape, dtype=config.dtype, device=config.device) for shape in shapes]
+        return [_zeros(shape, config.dtype, config.device) for shape in shapes]
 
     def launch(
         self,
@@ -197,6 +198,13 @@ def dummy_step(num_tokens: int, block_size: int, device: torch.device) -> StepIn
     metadata = AttentionMetadata.for_sequences([num_tokens], [num_tokens], [table], block_size, device)
     positions = torch.arange(num_tokens, device=device)
     return StepInput(torch.zeros_like(positions), positions, metadata, positions[-1:], 1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch would write every byte; this takes pages that are zero, and physical memory as they are written
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _physical_memory() -> int:

@@ -16,9 +16,11 @@ template <typename T> static inline float dot(const float* q, const T* k, long d
 
 // scores of one head -> weights e^(score - highest); what is already summed shrinks with a new highest
 static inline void weigh(float* scores, long count, float& highest, float& total, float* out, long dim) {
-    const float best = std::max(highest, *std::max_element(scores, scores + count));
-    const float shrink = highest == best ? 1.0f : std::exp(highest - best);
     std::fill(scores + count, scores + CHUNK, -std::numeric_limits<float>::infinity());
+    float best = highest;
+#pragma omp simd reduction(max : best)
+    for (long i = 0; i < CHUNK; i++) best = scores[i] > best ? scores[i] : best;
+    const float shrink = highest == best ? 1.0f : std::exp(highest - best);
     Floats sums{};
     for (long i = 0; i < count; i += LANES) {
         const Floats score = load<Floats>(scores + i);

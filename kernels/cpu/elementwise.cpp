@@ -11,27 +11,17 @@ static void rms_norm(const T* x, long ldx, const T* weight, T* y, long rows, lon
     for (long r = 0; r < rows; r++) {
         const T* from = x + r * ldx;
         T* to = y + r * n;
-        float squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (long j = 0; j < n; j++) squares += to_float(from[j]) * to_float(from[j]);
-        const float scale = 1 / std::sqrt(squares / n + eps);
-        if (unit_offset)
-            for (long j = 0; j < n; j++) to[j] = from_float<T>(to_float(from[j]) * scale * (1 + to_float(weight[j])));
-        else
-            for (long j = 0; j < n; j++)
-                to[j] = from_float<T>(to_float(from_float<T>(to_float(from[j]) * scale)) * to_float(weight[j]));
+        Floats squares{};
+        for (long j = 0; j < n; j += LANES) {
+            const Floats v = load_some(from + j, n - j);
+            squares += v * v;
+        }
+        const float scale = 1 / std::sqrt(sum(squares) / n + eps);
+        for (long j = 0; j < n; j += LANES) {
+            const Floats v = load_some(from + j, n - j) * scale, w = load_some(weight + j, n - j);
+            store_some(to + j, unit_offset ? v * (1 + w) : cast(v, from) * w, n - j);
+        }
     }
-}
-
-template <typename T> static inline Floats load_some(const T* from, long count) {
-    if (count >= LANES) return load_floats(from);
-    T some[LANES] = {};
-    std::memcpy(some, from, count * sizeof(T));
-    return load_floats(some);
-}
-
-template <typename T> static inline void store_some(T* to, Floats v, long count) {
-    for (long i = 0; i < (count < LANES ? count : LANES); i++) to[i] = from_float<T>(v[i]);
 }
 
 // x / (1 + e^-x) of the first half of a row, cast, times the second
@@ -40,9 +30,7 @@ template <typename T> static void silu_and_mul(const T* x, long ldx, T* y, long 
     for (long r = 0; r < rows; r++)
         for (long j = 0; j < n; j += LANES) {
             const Floats gate = load_some(x + r * ldx + j, n - j), up = load_some(x + r * ldx + n + j, n - j);
-            T cast[LANES];
-            store_some(cast, gate / (1 + exponential(-gate)), LANES);
-            store_some(y + r * n + j, load_floats(cast) * up, n - j);
+            store_some(y + r * n + j, cast(gate / (1 + exponential(-gate)), x) * up, n - j);
         }
 }
 
@@ -51,10 +39,12 @@ template <typename T> static void silu_and_mul(const T* x, long ldx, T* y, long 
 template <typename T>
 static inline void rotate(const T* x, const T* cos, const T* sin, T* y, long dim, long rotary_dim) {
     const long half = rotary_dim / 2;
-    for (long i = 0; i < half; i++) {
-        const float first = to_float(x[i]), second = to_float(x[i + half]);
-        y[i] = from_float<T>(first * to_float(cos[i]) + second * to_float(sin[i]));
-        y[i + half] = from_float<T>(second * to_float(cos[i + half]) + first * to_float(sin[i + half]));
+    for (long i = 0; i < half; i += LANES) {
+        const long left = half - i;
+        const Floats first = load_some(x + i, left), second = load_some(x + half + i, left);
+        store_some(y + i, first * load_some(cos + i, left) + second * load_some(sin + i, left), left);
+        store_some(y + half + i, second * load_some(cos + half + i, left) + first * load_some(sin + half + i, left),
+                   left);
     }
     for (long i = rotary_dim; i < dim; i++) y[i] = x[i];
 }

@@ -18,6 +18,7 @@ constexpr int TILE_ROWS = 8;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
@@ -55,6 +56,34 @@ static inline Floats load_floats(const float* from) { return load<Floats>(from);
 static inline Floats load_floats(const bfloat16* from) {
     const Ints bits = __builtin_convertvector(load<Halves>(from), Ints) << 16;
     return (Floats)bits;
+}
+
+static inline void store_floats(float* to, Floats v) { store(to, v); }
+static inline void store_floats(bfloat16* to, Floats v) {
+    const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    store(to, __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves));
+}
+
+// the first `count` of LANES elements, the others zero or left alone
+template <typename T> static inline Floats load_some(const T* from, long count) {
+    if (count >= LANES) return load_floats(from);
+    T some[LANES] = {};
+    std::memcpy(some, from, count * sizeof(T));
+    return load_floats(some);
+}
+template <typename T> static inline void store_some(T* to, Floats v, long count) {
+    if (count >= LANES) return store_floats(to, v);
+    T some[LANES];
+    store_floats(some, v);
+    std::memcpy(to, some, count * sizeof(T));
+}
+
+// v as a T holds it
+static inline Floats cast(Floats v, const float*) { return v; }
+static inline Floats cast(Floats v, const bfloat16*) {
+    bfloat16 some[LANES];
+    store_floats(some, v);
+    return load_floats(some);
 }
 
 static inline float sum(Floats v) {
