@@ -37,6 +37,7 @@ class Job:
     max_tokens: int
     top: int
     options: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)  # architecture -> "module:Class" to register imported already
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from porter.errors import PorterError
 from porter.manifest import Port, write_port
 from porter.runtime.errors import EngineError
 from porter.vllm import environment
-from porter.vllm.engine import Answer, run_jobs
+from porter.vllm.engine import Answer, Job, run_jobs
 from porter.vllm.verify import Trial, judge, random_trial
 from porter.vllm.versions import read_release
 
-BATCH = 6  # checkpoints a vLLM process
+BATCH = 8  # checkpoints a vLLM process
 _COMMAND = "python -m porter.vllm.scoreboard"
 _PREFACE = f"""# Scoreboard of the vLLM target
 
@@ -78,12 +78,19 @@ def score(sources: Mapping[str, str], python: Path, tp: bool, alone: bool) -> li
         ready = {each: made for each, made in tried if not isinstance(made, Row)}
         answers: dict[str, Answer] = {}
         for group in _groups(ready):
-            jobs = [job for each in group for job in ready[each][1].jobs(f"{each} ")]
+            jobs = [job for each in group for job in _jobs(each, *ready[each])]
             answers |= run_jobs(python, [ready[each][0] for each in group], jobs)
         single = [ready[each][1].jobs(f"{each} ")[0] for each in ready] if alone else []
         by_itself = run_jobs(python, [], single) if single else {}
         rows |= {each: _row(each, *ready[each], answers, by_itself) for each in ready}
         return [rows[each] for each in sources]
+
+
+def _jobs(name: str, port: Port, trial: Trial) -> list[Job]:
+    """With one rank the class is registered imported, which saves a process each; with two, by name as users do."""
+    one, *others = trial.jobs(f"{name} ")
+    place = f"{port.path.parent.name}.{port.path.stem}:{port.architecture}"
+    return [replace(one, classes={port.architecture: place}), *others]
 
 
 def _prepared(name: str, source: str, folder: Path, tp: bool) -> tuple[str, Row | tuple[Port, Trial]]:

@@ -4,6 +4,7 @@
 """
 
 import gc
+import importlib
 import json
 import sys
 import time
@@ -31,6 +32,7 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     """What vLLM makes of each prompt: greedy tokens, and log-probabilities {token: value} of each position."""
     from vllm import LLM, SamplingParams
 
+    register(job["classes"])
     llm = LLM(job["model"], skip_tokenizer_init=True, max_logprobs=job["top"], **job["options"])
     params = SamplingParams(
         temperature=0,
@@ -44,6 +46,17 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         {"tokens": list(output.outputs[0].token_ids), "logprobs": [position(p) for p in output.prompt_logprobs]}
         for output in outputs
     ]
+
+
+def register(classes: dict[str, str]) -> None:
+    """Register model classes themselves. Of a class that it is told by name vLLM asks a new process, for seconds."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    for architecture, place in classes.items():
+        module, _, name = place.partition(":")
+        ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), name))
 
 
 def position(found: dict[int, Any] | None) -> dict[int, float] | None:

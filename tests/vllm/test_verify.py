@@ -27,6 +27,8 @@ class SamplingParams:
     def __init__(self, **options):
         self.options = options
 
+class ModelRegistry: ...
+
 class LLM:
     def __init__(self, model, **options):
         if model == "bad":
@@ -46,6 +48,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     """Runs jobs on models of these names with the made-up vLLM."""
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text(FAKE)
+    (tmp_path / "vllm" / "plugins.py").write_text("def load_general_plugins(): ...\n")
     (tmp_path / "vllm" / "distributed.py").write_text("def cleanup_dist_env_and_memory(): ...\n")
     monkeypatch.setattr(engine, "environment", lambda folder: {"PYTHONPATH": str(tmp_path)})
 
