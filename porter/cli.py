@@ -116,6 +116,7 @@ def verify(
     ] = None,
     port: PortFile = None,
     json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML page.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     engine: Annotated[
         str, typer.Option(help="What runs the port: porter, or vllm (plugins, in its own Python).")
@@ -129,7 +130,7 @@ def verify(
     from porter.verify.request import Request
 
     request = Request(subject, model, random, dtype, tuple(tp or ()), port, trust_remote_code, engine, vllm_python)
-    raise typer.Exit(commands.verify(request, json))
+    raise typer.Exit(commands.verify(request, json, html))
 
 
 @app.command()
@@ -271,3 +272,16 @@ def ledger(
 
 
 app.command()(serve)
+
+
+@app.command()
+def faults(
+    names: Annotated[list[str] | None, typer.Argument(help="Words of the faults' names; default: all.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model type to put faults into; default: a set.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where faults.json and faults.md go.")] = None,
+    json: Json = False,
+) -> None:
+    """Make right ports wrong in known places, and see what verification notices; exit 1 if it misses any."""
+    from porter import commands
+
+    raise typer.Exit(commands.faults(names or [], model or [], out, json))

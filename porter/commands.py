@@ -104,7 +104,7 @@ def _print_converted(port: Port, json: bool) -> None:
     console.say(f"next: porter verify {port.folder}{engine} --random, or --model CHECKPOINT")
 
 
-def verify(request: "Request", json: bool) -> int:
+def verify(request: "Request", json: bool, html: Path | None = None) -> int:
     """`porter verify`; returns the exit code."""
     with console.progress("loading torch and transformers", None) as advance:
         from porter.verify.report import print_verification
@@ -114,6 +114,11 @@ def verify(request: "Request", json: bool) -> int:
         else:
             from porter.verify.run import verify as run
         result = run(request, advance)
+    if html:
+        from porter.atomic import write_files
+        from porter.verify.html import page
+
+        write_files(html.parent, {html.name: page(result)})
     if json:
         console.print_json(result.to_json())
     else:
@@ -293,6 +298,27 @@ def ledger(model: str, port: Path | None, json: bool) -> int:
     else:
         console.table(result.summary, ("tensor", "shape", "goes to", "why"), result.rows())
     return 0 if result.complete else CheckFailed.exit_code
+
+
+def faults(names: list[str], models: list[str], out: Path | None, json: bool) -> int:
+    """`porter faults`; returns the exit code."""
+    with console.progress("loading torch and transformers", None) as advance:
+        from porter.atomic import write_files
+        from porter.verify.faults import suite, table
+
+        chosen = tuple(fault for fault in suite.FAULTS if not names or any(name in fault.name for name in names))
+        if not chosen:
+            raise UsageError(f"no fault has {' or '.join(names)} in its name", "see docs/faults.md")
+        trials, right = suite.run(tuple(models) or suite.MODELS, chosen, advance)
+    found = table.as_json(trials, right)
+    if out:
+        write_files(out, {"faults.json": dumps(found), "faults.md": table.markdown(trials, right)})
+    if json:
+        console.print_json(found)
+    else:
+        console.result("\n".join(table.summary(trials, right)))
+    rates = table.rates(trials, right)
+    return CheckFailed.exit_code if rates.caught < rates.trials or rates.false_alarms else 0
 
 
 def _engine(model: str, options: Sampling) -> "LLM":

@@ -8,7 +8,7 @@ import gc
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import libcst as cst
@@ -22,6 +22,7 @@ from porter.analyze.program import Program
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
 from porter.errors import Refusal, SourceError
+from porter.passes import edit
 from porter.passes.attend_place import read_attention, turns_queries
 from porter.passes.base import Pass, Stage, discover
 from porter.passes.edit import params_of
@@ -104,14 +105,14 @@ def _convert(source: Source, target: str) -> Conversion:
             )
         _check_entry(facts)
         rules = derive(source, work.original, facts, work.notes)
-        model = describe(facts, rules)
+        model = replace(describe(facts, rules), requires=work.requires())
         work.rewrite_for(target, model)
         code = emit(source, work.tree, model, target)
     except Refusal as refusal:
         raise work.located(refusal) from refusal
     except RecursionError as error:
         raise Refusal(source.name, 1, "the file", "it nests too deeply to follow", "simplify it") from error
-    spec = _spec(facts, model)
+    spec = _spec(facts, model, work)
     module, others = package(source, model, code, target)
     return Conversion(module, code, _manifest(source, target, module, code, spec, work, others), spec, others)
 
@@ -149,6 +150,7 @@ class _Work:
         self.flat = False
         self.checked = False
         self.turns = False
+        self.assumed: dict[str, Any] = {}  # config fields that were read at any stage and that serving fixes
         self._facts: Facts | None = None
 
     def check(self) -> None:
@@ -164,8 +166,20 @@ class _Work:
             wanted = program.classes.get(self.source.architecture or "")
             entry = wanted if wanted is not None and program.method(wanted, "forward") else program.entry(self.own)
             self._facts = explore(program, entry, self.flat, number_paths=not self.checked)
+            self.assumed |= {k: v for world in self._facts.worlds for k, v in world.assumed.items()}
             self._facts.notes = self.notes
         return self._facts
+
+    def requires(self) -> dict[str, Any]:
+        """Values that a config must have for the port to be right, but for those that the file itself sets."""
+        targets = (
+            each.target
+            for node in edit.walk(self.original.tree)
+            if isinstance(node, cst.Assign)
+            for each in node.targets
+        )
+        own = {target.attr.value for target in targets if isinstance(target, cst.Attribute)}
+        return {name: value for name, value in sorted(self.assumed.items()) if name in serving.BINDING - own}
 
     def run_stage(self, stage: Stage) -> None:
         """Run a stage's passes to a fixed point, then clean up behind them."""
@@ -264,14 +278,13 @@ def _syntax_error(text: str) -> tuple[int, str] | None:
     return None
 
 
-def _spec(facts: Facts, model: ModelSpec) -> dict[str, Any]:
+def _spec(facts: Facts, model: ModelSpec, work: _Work) -> dict[str, Any]:
     """What was understood, JSON-able: config fields read, conditions, assumptions, layers, weight rules."""
-    assumed = {k: v for w in facts.worlds for k, v in w.assumed.items()}
     return {
         "architecture": facts.entry.name,
         "config_fields": sorted({k for w in facts.worlds for k in w.config_reads}),
         "conditions": sorted({k for w in facts.worlds for k, _ in w.decisions}),
-        "assumes": {k: {"value": v, "reason": serving.SERVING[k][1]} for k, v in sorted(assumed.items())},
+        "assumes": {k: {"value": v, "reason": serving.SERVING[k][1]} for k, v in sorted(work.assumed.items())},
         "attention": [asdict(each) for each in model.attention],
         "layers": model.layers,
         "weight_rules": asdict(model.weights),

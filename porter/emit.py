@@ -100,9 +100,9 @@ def _is_pass(statement: cst.CSTNode) -> bool:
 
 
 class _Entry(cst.CSTTransformer):
-    def __init__(self, name: str, rules: Rules, methods: list[cst.BaseStatement]) -> None:
+    def __init__(self, name: str, rules: Rules, requires: dict[str, Any], methods: list[cst.BaseStatement]) -> None:
         super().__init__()
-        self.name, self.rules, self.methods = name, rules, methods
+        self.name, self.rules, self.requires, self.methods = name, rules, requires, methods
 
     def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.ClassDef:
         if updated_node.name.value != self.name:
@@ -112,6 +112,8 @@ class _Entry(cst.CSTTransformer):
             body += edit.block(INIT)
         place = 1 if body and '"""' in edit.code(body[0])[:4] else 0
         body.insert(place, edit.statement(f"weight_rules = {self.rules.source()}"))
+        if self.requires:
+            body.insert(place, edit.statement(f"requires = {self.requires!r}"))
         return updated_node.with_changes(body=updated_node.body.with_changes(body=[*body, *self.methods]))
 
     def _statement(self, node: cst.CSTNode) -> Any:
@@ -126,7 +128,7 @@ class _Entry(cst.CSTTransformer):
 
 def _with_entry(tree: cst.Module, spec: ModelSpec, target: str) -> cst.Module:
     methods = edit.block(render(target, "entry.py.j2", {}))
-    after = tree.visit(_Entry(spec.architecture, spec.weights, methods))
+    after = tree.visit(_Entry(spec.architecture, spec.weights, spec.requires, methods))
     assert isinstance(after, cst.Module)
     return edit.add_imports(after, ENTRY_IMPORTS)
 

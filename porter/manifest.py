@@ -57,7 +57,8 @@ class Port:
     @property
     def state(self) -> str:
         """One line for a person: what is known about this port."""
-        proof = "verified" if self.verified else "not verified"
+        weights = "random" if (self.manifest.get("verified") or {}).get("checkpoint") == "tiny random" else "real"
+        proof = f"verified on {weights} weights" if self.verified else "not verified"
         marks = [name for name, holds in (("partial", self.partial), ("edited", self.edited)) if holds]
         return ", ".join([proof, *marks])
 

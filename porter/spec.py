@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from porter.analyze.facts import Facts, World
 from porter.analyze.values import Layer
@@ -24,7 +25,10 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model by the paths of its layers: `layers` maps a path to the runtime layer's class, or torch's."""
+    """A model by the paths of its layers: `layers` maps a path to the runtime layer's class, or torch's.
+
+    `requires` are values that a config must have for the port to be right.
+    """
 
     architecture: str = ""
     attention: tuple[AttentionSpec, ...] = ()
@@ -32,6 +36,7 @@ class ModelSpec:
     head: str = ""
     layers: dict[str, str] = field(default_factory=dict)
     weights: Rules = field(default_factory=Rules)
+    requires: dict[str, Any] = field(default_factory=dict)
 
 
 def describe(facts: Facts, weights: Rules) -> ModelSpec:

@@ -1,5 +1,6 @@
 """The weight ledger: where each tensor of a checkpoint goes, from safetensors headers and the port's rules alone."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator
@@ -116,6 +117,19 @@ def read_headers(folder: Path) -> Iterator[Header]:
                 yield Header(name, str(entry["dtype"]), tuple(entry["shape"]))
 
 
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of a checkpoint's config, and of its weight files' headers and sizes, which take no reading of weights."""
+    from porter.runtime.checkpoint import weight_files
+
+    weights = hashlib.sha256()
+    for file in weight_files(folder):
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            weights.update(opened.read(length) + str(file.stat().st_size).encode())
+    config = hashlib.sha256((folder / "config.json").read_bytes())
+    return {"config": config.hexdigest(), "checkpoint headers": weights.hexdigest()}
+
+
 def _read_header(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     try:
@@ -135,8 +149,10 @@ def _read_header(file: Path) -> dict[str, Any]:
 def _skeleton(port: Any, config: Any) -> Any:
     import torch
 
+    from porter.runtime.loader import build_port
+
     with explained_config(), torch.device("meta"):
-        return port(config)
+        return build_port(port, config)
 
 
 def _line(header: Header, outcome: "Outcome") -> Line:

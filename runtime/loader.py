@@ -1,11 +1,12 @@
 """Checkpoint tensors into a port's parameters: each parameter exactly once, anything left over an error."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from porter.runtime.errors import WeightError
+from porter.runtime.errors import ConfigError, EngineError, WeightError
 from porter.runtime.layers.linear import LinearMethod
 from porter.runtime.layers.sharding import Part, ShardId
 from porter.runtime.resolution import Misshaped, ParameterIndex, Skip, Target, Unknown, named_tensors, resolve, split
@@ -80,6 +81,27 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], 
         raise WeightError(f"the checkpoint lacks {_list(missing)}", "use a complete checkpoint of this architecture")
     finish_loading(model)
     return set(index.parameters)
+
+
+def build_port(port: Any, config: Any, linear_method: LinearMethod | None = None) -> Any:
+    """An instance of a port class, its weights not loaded.
+
+    Raises ConfigError for a config that the port is not for: its `requires` say what it takes for granted, and it may
+    raise ValueError itself.
+    """
+    for name, value in getattr(port, "requires", {}).items():
+        found = getattr(config, name, value)
+        if found != value and bool(found) != value:
+            raise ConfigError(
+                f"{port.__name__} is for configs with {name} = {value!r}, this one has {found!r}",
+                "use a checkpoint that fits, or another port",
+            )
+    try:
+        return port(config, linear_method)
+    except EngineError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{port.__name__} refuses this config: {error}", "use a checkpoint that it is for") from error
 
 
 def finish_loading(model: nn.Module) -> None:

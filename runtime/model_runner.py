@@ -17,6 +17,7 @@ from porter.runtime.config import EngineConfig
 from porter.runtime.deferred import materialize
 from porter.runtime.layers.linear import LinearMethod
 from porter.runtime.layers.packing import pack_weights
+from porter.runtime.loader import build_port
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_registry import load_port
 from porter.runtime.quantization.registry import get_linear_method
@@ -147,7 +148,7 @@ class ModelRunner:
 def _build_model(config: EngineConfig) -> nn.Module:
     port = load_port(config.port)
     with torch_defaults(config.dtype, config.device):
-        model: Any = port(config.hf_config, _linear_method(config))
+        model = build_port(port, config.hf_config, _linear_method(config))
     model.eval().requires_grad_(False)
     if config.load_format == "dummy":
         _fill_with_noise(model, config.seed)

@@ -1,7 +1,8 @@
 """Tensor parallelism: the rank, the size and the two collectives; the only importer of torch.distributed."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -161,6 +162,17 @@ def run_ranks(size: int, work: Callable[[int], T]) -> list[T]:
     if failures:
         raise failures[min(failures)]
     return [results[rank] for rank in range(size)]
+
+
+@contextmanager
+def as_rank(rank: int, size: int) -> Iterator[None]:
+    """Build what `rank` of `size` would hold, without the others: no collective may be called."""
+    before = getattr(_thread, "group", None)
+    _thread.group = _ThreadGroup(rank, size, threading.Barrier(size), [None] * size)
+    try:
+        yield
+    finally:
+        _thread.group = before
 
 
 def divide(total: int, size: int, what: str) -> int:

@@ -125,7 +125,7 @@ def test_two_writers_at_once_leave_a_whole_store(tmp_path: Path) -> None:
 
 def test_verified_holds_only_for_the_bytes_that_were_verified(make_port: MakePort) -> None:
     port = record_verification(make_port(), {"dtype": "float32"})
-    assert (port.verified, port.edited, port.state) == (True, False, "verified")
+    assert (port.verified, port.edited, port.state) == (True, False, "verified on real weights")
     port.path.write_text("x = 9\n")
     assert (port.verified, port.edited, port.state) == (False, True, "not verified, edited")
 

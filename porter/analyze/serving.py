@@ -28,3 +28,6 @@ SERVING: dict[str, tuple[Any, str]] = {
     "dtype": (None, "the engine chooses the dtype"),
     "torch_dtype": (None, "the engine chooses the dtype"),
 }
+
+# Those that change what a model computes: a port must not be built for a config with another value.
+BINDING = frozenset({"add_cross_attention", "is_decoder", "use_bidirectional_attention"})

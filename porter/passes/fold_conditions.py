@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from typing import Any
 
 import libcst as cst
@@ -81,7 +82,7 @@ class FoldConditions(Pass):
 
 def _fold(facts: Facts, node: cst.CSTNode, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
     if isinstance(node, cst.If):
-        return _fold_if(facts, node)
+        return {} if _is_guard(node, function) else _fold_if(facts, node)
     if isinstance(node, cst.IfExp):
         return _fold_choice(facts, node)
     if isinstance(node, cst.BooleanOperation):
@@ -95,6 +96,16 @@ def _fold(facts: Facts, node: cst.CSTNode, function: cst.FunctionDef) -> dict[cs
     if isinstance(node, cst.Subscript):
         return _fold_dispatch(facts, node)
     return {}
+
+
+def _is_guard(node: cst.If, function: cst.FunctionDef) -> bool:
+    """`if config.x not in (...): raise ...` while the model is built: the port refuses those configs too."""
+    if function.name.value != "__init__" or not always_raises(node.body) or node.orelse is not None:
+        return False
+    names = {each.value for each in edit.walk(node.test) if isinstance(each, cst.Name)}
+    fields = {each.attr.value for each in edit.walk(node) if isinstance(each, cst.Attribute)}
+    read = {each.value for each in edit.walk(node) if isinstance(each, cst.Name)} - fields
+    return "config" in names and all(name in ("config", "self") or hasattr(builtins, name) for name in read)
 
 
 def _fold_dispatch(facts: Facts, node: cst.Subscript) -> dict[cst.CSTNode, edit.Edit]:

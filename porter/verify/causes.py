@@ -1,48 +1,87 @@
-"""What usually makes a module differ, told from its kind and from which tokens are wrong."""
+"""What probably makes a module wrong, with the evidence for it: signatures of its error, settings tried, positions."""
 
-import torch
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from porter.verify.signatures import Evidence, explain
+from porter.verify.trials import rotation_differs, tried
 
 _BY_KIND = {
-    "MergedColumnParallelLinear": "a packed weight loaded into the wrong shard (gate and up swapped?) or a lost bias",
+    "MergedColumnParallelLinear": "a packed weight loaded into the wrong shard, or a lost bias",
     "QKVParallelLinear": "q, k or v loaded into the wrong shard or head layout, or a lost bias",
-    "ColumnParallelLinear": "a lost bias or a transposed weight",
-    "RowParallelLinear": "a lost bias or a transposed weight",
-    "ReplicatedLinear": "a lost bias or a transposed weight",
+    "ColumnParallelLinear": "a weight loaded wrongly (transposed?) or a lost bias",
+    "RowParallelLinear": "a weight loaded wrongly (transposed?) or a lost bias",
+    "ReplicatedLinear": "a weight loaded wrongly (transposed?) or a lost bias",
     "RMSNorm": "another eps, a lost (1 + weight), or another dtype inside the norm",
     "LayerNorm": "another eps, or weight and bias not loaded",
     "VocabParallelEmbedding": "embedding rows in the wrong place, a lost multiplier, or an offset of positions",
     "Embedding": "rows in the wrong place or an offset of positions",
     "ParallelLMHead": "a head tied or untied against the checkpoint, a lost bias or logit scale",
-    "FusedMoE": "experts in the wrong order, or gate and up swapped",
+    "FusedMoE": "experts in the wrong order, gate and up exchanged, or another activation",
 }
 
 
-def suggest(kind: str, has_attention: bool, token_errors: torch.Tensor, positions: torch.Tensor, limit: float) -> str:
-    """A cause for a module that is wrong given the right input; errors and `positions` are by token.
+@dataclass(frozen=True)
+class Culprit:
+    """A module of the port that is wrong by itself, the original's counterpart, both whole models, and how to run
+    it again on the original's input (its error, None if that can't be done)."""
 
-    `has_attention`: whether the module itself holds an attention layer.
-    """
+    module: nn.Module
+    original: nn.Module
+    port: nn.Module
+    reference: nn.Module
+    rerun: Callable[[], float | None]
+
+
+def suggest(culprit: Culprit, found: Evidence) -> str:
+    """A cause in words, the first of those that have evidence."""
+    attention = next(_attention_of(culprit.module), None)
+    if attention is None:
+        return explain(found) or _plain(culprit.module, found.kind)
+    error = float(found.token_errors.max())
+    return (
+        rotation_differs(attention, culprit.reference)
+        or tried(attention, culprit.original, error, culprit.rerun)
+        or explain(found)
+        or _by_position(found)
+    )
+
+
+def _attention_of(module: nn.Module) -> Iterator[Any]:
+    """The attention layer directly in `module`: a block of several modules has causes of its own."""
+    return (child for child in module.children() if hasattr(child, "cache_shape"))
+
+
+def _plain(module: nn.Module, kind: str) -> str:
     if kind in _BY_KIND:
         return _BY_KIND[kind]
-    if not has_attention:
-        return "its own arithmetic: the order of operations, a lost factor, or another activation"
-    first_ok = bool((token_errors[positions == 0] <= limit).all())
-    if not first_ok:
-        return "v or the output projection: wrong already at position 0, where attention has one key"
-    return _attention_cause(token_errors, positions, limit)
+    if "Norm" in kind:
+        return _BY_KIND["RMSNorm"]
+    if "Expert" in kind:
+        return _BY_KIND["FusedMoE"]
+    parts = [kind, *(type(child).__name__ for child in module.children())]
+    if any(word in part for part in parts for word in ("MoE", "Expert", "Router")):
+        return "how experts are chosen and weighted: router, softmax and top-k, normalisation, a shared expert"
+    if any(hasattr(child, "cache_shape") for child in module.modules()):
+        activation = ", another activation" if any(part.endswith("Linear") for part in parts) else ""
+        return (
+            f"how its parts are put together: a residual, norm and residual in order, a lost factor or norm{activation}"
+        )
+    return "its own arithmetic: another activation, a lost factor or term, the order of operations"
 
 
-def _attention_cause(token_errors: torch.Tensor, positions: torch.Tensor, limit: float) -> str:
-    wrong = positions[token_errors > limit]
+def _by_position(found: Evidence) -> str:
+    errors, positions = found.token_errors, found.positions
+    if not bool((errors[positions == 0] <= found.limit).all()):
+        return (
+            "wrong already at position 0, where attention has one key: v (exchanged with k?), key-value heads given to "
+            "other query heads, sinks, or the output projection"
+        )
+    wrong = positions[errors > found.limit]
     start = int(wrong.min()) if len(wrong) else 0
     if start > 2:
-        return f"right up to position {start - 1}: a sliding window of another size, or a table that is too short"
-    early, late = (float(token_errors[mask].mean()) for mask in _halves(positions))
-    if late > 2 * early:
-        return "grows with the position: rotary base, scaling or dimensions, or ALiBi slopes"
-    return "about the same at all positions but 0: the score's scale, a softcap, q/k norms, or the head layout"
-
-
-def _halves(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    middle = int(positions.max()) // 2
-    return (positions > 0) & (positions <= middle), positions > middle
+        return f"right up to position {start - 1}: a sliding window, rounded rotary positions, or a table that is short"
+    return "right at position 0 only: rotary positions or pairs, the score's scale, a softcap, q/k norms, or the heads"

@@ -1,7 +1,8 @@
-"""The port: built, loaded, and run on several prompts in one forward through paged caches of its own."""
+"""The port: built, loaded, and run on several prompts, at once or in steps, through paged caches of its own."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 from torch import nn
 
 from porter.runtime.checkpoint import iterate_weights
+from porter.runtime.loader import build_port
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_runner import torch_defaults
-from porter.verify.trace import Inputs, Trace, bound_arguments, flatten, recording
-
-BLOCK_SIZE = 4
+from porter.verify.schedule import BLOCK_SIZE, Schedule, Step, whole
+from porter.verify.trace import Inputs, Trace, bound_arguments, flatten, join, recording
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class _Stop(Exception):
     """Ends a forward early, once the replayed module has run."""
 
 
-def build_port(port: type[nn.Module], config: Any, dtype: torch.dtype, linear_method: Any = None) -> Any:
+def new_port(port: type[nn.Module], config: Any, dtype: torch.dtype, linear_method: Any = None) -> Any:
     """An instance of a port class in `dtype`, its weights not loaded yet."""
     with torch_defaults(dtype, torch.device("cpu")):
-        return port(config, linear_method).eval().requires_grad_(False)
+        return build_port(port, config, linear_method).eval().requires_grad_(False)
 
 
 def load_port_weights(model: Any, folder: Path) -> Any:
@@ -47,32 +48,63 @@ def load_port_weights(model: Any, folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def run_port(model: Any, prompts: list[list[int]]) -> PortRun:
-    """One forward over all prompts, flat, with every module recorded."""
-    with recording(model, sum(map(len, prompts))) as trace:
-        logits = port_logits(model, prompts)
-    return PortRun(trace, logits)
+def run_port(model: Any, prompts: list[list[int]], dtype: torch.dtype, steps: Schedule | None = None) -> PortRun:
+    """The prompts in one forward, or step by step, every module recorded; tokens come out in the prompts' order."""
+    steps = steps or whole(prompts)
+    caches = new_caches(model, steps, dtype)
+    traces, logits = [], []
+    for step in steps:
+        with recording(model, step.num_tokens) as trace:
+            logits.append(_step_logits(model, prompts, step, caches))
+        traces.append(trace)
+    order = _prompt_order(prompts, steps)
+    return PortRun(join(traces, order), torch.cat(logits)[order])
 
 
 @torch.inference_mode()
-def port_logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
-    """Logits `[num_tokens, vocab]` in float32 of one forward over all prompts."""
-    tokens = torch.tensor([token for prompt in prompts for token in prompt])
-    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-    metadata = prefill_metadata([len(prompt) for prompt in prompts])
-    hidden_states = model(tokens, positions, new_caches(model, metadata), metadata)
-    logits: torch.Tensor = model.compute_logits(hidden_states).float()
+def port_logits(
+    model: Any, prompts: list[list[int]], dtype: torch.dtype, steps: Schedule | None = None
+) -> torch.Tensor:
+    """Logits `[num_tokens, vocab]` in float32 of the prompts, in one forward or step by step, in the prompts' order."""
+    steps = steps or whole(prompts)
+    caches = new_caches(model, steps, dtype)
+    logits = torch.cat([_step_logits(model, prompts, step, caches) for step in steps])
+    return logits if len(steps) == 1 else logits[_prompt_order(prompts, steps)]
+
+
+def _step_logits(model: Any, prompts: list[list[int]], step: Step, caches: list[torch.Tensor]) -> torch.Tensor:
+    tokens = torch.tensor([token for part in step.parts for token in prompts[part.prompt][part.start : part.stop]])
+    positions = torch.cat([torch.arange(part.start, part.stop) for part in step.parts])
+    metadata = AttentionMetadata.for_sequences(
+        [part.stop - part.start for part in step.parts],
+        [part.stop for part in step.parts],
+        [list(part.blocks) for part in step.parts],
+        BLOCK_SIZE,
+    )
+    logits: torch.Tensor = model.compute_logits(model(tokens, positions, caches, metadata)).float()
     return logits
 
 
+def _prompt_order(prompts: list[list[int]], steps: Schedule) -> torch.Tensor:
+    """For each token of the prompts, laid end to end, its row in the steps' outputs; the last to compute it counts."""
+    starts = [0, *accumulate(len(prompt) for prompt in prompts)]
+    places = [starts[part.prompt] + i for step in steps for part in step.parts for i in range(part.start, part.stop)]
+    order = torch.full((starts[-1],), -1)
+    order[torch.tensor(places)] = torch.arange(len(places))
+    assert bool((order >= 0).all()), "a schedule leaves tokens out"
+    return order
+
+
 @torch.inference_mode()
-def replay(model: Any, prompts: list[list[int]], module: str, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def replay(
+    model: Any, prompts: list[list[int]], dtype: torch.dtype, module: str, inputs: Inputs
+) -> tuple[torch.Tensor, ...]:
     """What `module` returns when the original's `inputs` replace its own; empty when they can't."""
     state = _Replay()
     num_tokens = sum(map(len, prompts))
     handles = _replaying(model.get_submodule(module), inputs, num_tokens, state)
     try:
-        port_logits(model, prompts)
+        port_logits(model, prompts, dtype)
     except _Stop:
         pass
     finally:
@@ -81,17 +113,9 @@ def replay(model: Any, prompts: list[list[int]], module: str, inputs: Inputs) ->
     return state.outputs if state.done else ()
 
 
-def prefill_metadata(lengths: list[int]) -> AttentionMetadata:
-    """Metadata of whole prompts in blocks that lie in a shuffled order."""
-    needed = [-(-length // BLOCK_SIZE) for length in lengths]
-    blocks = torch.split(torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)), needed)
-    return AttentionMetadata.for_sequences(lengths, lengths, [part.tolist() for part in blocks], BLOCK_SIZE)
-
-
-def new_caches(model: nn.Module, metadata: AttentionMetadata) -> list[torch.Tensor]:
+def new_caches(model: nn.Module, steps: Schedule, dtype: torch.dtype) -> list[torch.Tensor]:
     """One cache an attention layer, full of values that nothing may read before it writes them."""
-    num_blocks = int(metadata.block_tables.max()) + 1
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not getattr(p, "derived", False))
+    num_blocks = 1 + max(block for step in steps for part in step.parts for block in part.blocks)
     layers = _attention_layers(model)
     return [torch.full(layer.cache_shape(num_blocks, BLOCK_SIZE), 9.0, dtype=dtype) for layer in layers]
 
@@ -124,14 +148,19 @@ def _replaying(module: nn.Module, inputs: Inputs, num_tokens: int, state: _Repla
 
 
 def _substituted(arguments: dict[str, Any], inputs: Inputs, num_tokens: int) -> dict[str, torch.Tensor]:
-    """The float arguments over tokens, taken from `inputs` by name, or the only one of each."""
-    own = {name: value for name, value in arguments.items() if _is_activation(value, num_tokens)}
+    """The activations and choices over tokens, taken from `inputs` by name, or the only activation of each; empty if
+    one of them would have to be the port's own."""
+    own = {name: value for name, value in arguments.items() if _is_over_tokens(value, num_tokens)}
     pairs = {name: name for name in own if name in inputs}
-    if not pairs and len(own) == len(inputs) == 1:
-        pairs = {next(iter(own)): next(iter(inputs))}
+    floats = [[name for name, value in each.items() if value.is_floating_point()] for each in (own, inputs)]
+    if not pairs and len(own) == len(floats[0]) == len(floats[1]) == 1:
+        pairs = {floats[0][0]: floats[1][0]}
     fitting = {name: source for name, source in pairs.items() if inputs[source].numel() == own[name].numel()}
+    if len(fitting) < len(own):
+        return {}
     return {name: inputs[source].reshape(own[name].shape).to(own[name].dtype) for name, source in fitting.items()}
 
 
-def _is_activation(value: Any, num_tokens: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:1] == (num_tokens,)
+def _is_over_tokens(value: Any, num_tokens: int) -> bool:
+    """A tensor with a row for each token; single numbers (ids, positions) are the same in port and original."""
+    return isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] == num_tokens

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 
 from porter.runtime.checkpoint import load_tokenizer
+from porter.runtime.config import resolve_max_model_len
 from porter.runtime.errors import EngineError
 
 # Primes that no size of a tiny model shares, so that an axis over tokens is known by its length; one is shorter and the
 # others longer than a tiny sliding window.
 LENGTHS = (5, 11, 23, 37)
+# Beyond what bfloat16 counts exactly, and beyond the length from which a tiny config scales its rotations.
+LONG = 307
 _TEXTS = (
     "The capital of France is",
     "Water boils at one hundred degrees at sea level, and at a lower temperature",
@@ -21,10 +24,11 @@ _TEXTS = (
 
 
 def random_prompts(config: Any, seed: int = 0) -> list[list[int]]:
-    """Prompts of LENGTHS with ids that are no special token of a tiny config."""
+    """Prompts of LENGTHS and one of LONG tokens (or what the model has positions for), without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size = int(config.get_text_config().vocab_size)
-    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
+    lengths = (*LENGTHS, min(LONG, resolve_max_model_len(config, None)))
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def text_prompts(folder: Path, config: Any, trust_remote_code: bool) -> list[list[int]]:

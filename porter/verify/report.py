@@ -1,7 +1,23 @@
 """The terminal's view of a verification."""
 
+from collections.abc import Iterator
+
 from porter import console
 from porter.verify.result import Verification
+
+_SHOWN = 6
+
+
+def _sizes(result: Verification) -> Iterator[str]:
+    """The legal tensor-parallel sizes of the real config, and why not the others: sizes with one reason together."""
+    legal, reasons = result.tp_sizes.get("legal"), dict[str, list[str]]()
+    for size, reason in result.tp_sizes.get("illegal", {}).items():
+        reasons.setdefault(reason.replace(f"tp_size = {size}", "tp_size"), []).append(str(size))
+    if legal:
+        yield f"tp sizes of the real config: {', '.join(map(str, legal))}"
+    for reason, sizes in reasons.items():
+        shown = [*sizes[:_SHOWN], f"{len(sizes) - _SHOWN} more"] if len(sizes) > _SHOWN else sizes
+        yield f"not {', '.join(shown)}: {reason}"
 
 
 def print_verification(result: Verification) -> None:
@@ -13,6 +29,8 @@ def print_verification(result: Verification) -> None:
         [(check.name, check.status, check.figure, check.limit, check.detail) for check in result.summary()],
     )
     console.say(f"port: {result.port}")
+    for line in _sizes(result):
+        console.say(line)
     for limit in result.limits:
         console.say(f"not tested: {limit}")
     if result.failure:

@@ -32,6 +32,15 @@ class Request:
         """The emit target of the ports that the engine runs."""
         return ENGINES[self.engine]
 
+    @property
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = ["porter verify", *([self.subject] if self.subject else [])]
+        words += ["--random"] if self.random else [f"--model {self.model}"]
+        words += [f"--dtype {self.dtype}"] if self.dtype != "float32" else []
+        words += [*(f"--tp {size}" for size in self.tp), *([f"--port {self.port}"] if self.port else [])]
+        return " ".join([*words, *(["--trust-remote-code"] if self.trust_remote_code else [])])
+
     def __post_init__(self) -> None:
         tolerance(self.dtype)
         if self.engine not in ENGINES:

@@ -37,7 +37,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Verification:
-    """All cases of one port; `limits` says what was not tested."""
+    """All cases of one port; `limits` says what was not tested, `command` how to do it again.
+
+    `hashes` are of the port, the config and the checkpoint, `tp_sizes` the legal tensor-parallel sizes of the real
+    config and the reasons against the others.
+    """
 
     architecture: str
     port: str
@@ -49,6 +53,9 @@ class Verification:
     limits: tuple[str, ...]
     versions: dict[str, str]
     seconds: float
+    command: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+    tp_sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tried(self) -> tuple[Case, ...]:
@@ -69,7 +76,7 @@ class Verification:
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: enough to know what was proved, by what and how well."""
-        kept = ("checkpoint", "dtype", "limits", "versions", "seconds")
+        kept = ("checkpoint", "dtype", "limits", "versions", "seconds", "command", "hashes", "tp_sizes")
         figures = {check.name: check.figure for check in self.summary()}
         cases = [case.name for case in self.tried]
         return {**{name: getattr(self, name) for name in kept}, "cases": cases, "figures": figures}

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from porter import __version__
 from porter.errors import OriginalError
 from porter.manifest import Port, record_verification
 from porter.runtime.checkpoint import load_config, resolve_model
 from porter.runtime.model_registry import load_port
-from porter.verify.checks import generation, ledger, logits, modules, parallel, quantized
+from porter.verify.checks import generation, ledger, logits, matrix, modules, parallel, quantized
 from porter.verify.limits import untested
 from porter.verify.prompts import random_prompts, text_prompts
 from porter.verify.reference import quiet_transformers
 from porter.verify.request import Request
 from porter.verify.result import Case, Check, Verification
 from porter.verify.select import Selected, select_port
+from porter.verify.sharding import tp_sizes
 from porter.verify.subject import Subject
 from porter.verify.tiny import model_type_of, shrink, tiny_config, write_checkpoint
 from porter.verify.variants import Variant, unread_fields, variants
@@ -73,32 +75,42 @@ def _real_case(plan: _Plan) -> Case:
     folder = resolve_model(str(plan.request.model))
     config = load_config(folder, plan.request.trust_remote_code)
     prompts = text_prompts(folder, config, plan.request.trust_remote_code)
-    return run_case("real weights", {}, _subject(plan, folder, config, prompts), plan.told, processes=True)
+    sizes = plan.request.tp or (smallest_tp(config),)
+    return run_case("real weights", {}, _subject(plan, folder, config, prompts, sizes), plan.told)
 
 
 def _random_cases(plan: _Plan) -> Iterator[Case]:
-    """The default config, whose original has to run, and its variants; only the first starts processes."""
+    """The default config, whose original has to run, and its variants, each with fewer checks."""
     config = tiny_config(model_type_of(plan.port.architecture))
     unread = unread_fields(config, plan.port)
-    default, *others = variants(config, plan.port.path)
-    yield _random_case(plan, shrink(config, **default.overrides, **unread), default, processes=True)
-    for variant in others:
+    for variant in variants(config, plan.port.path):
+        is_default = variant.name == "default"
         try:
-            yield _random_case(plan, shrink(config, **{**unread, **variant.overrides}), variant, processes=False)
+            with tempfile.TemporaryDirectory(prefix="porter-tiny-") as folder:
+                subject = random_subject(plan.request, plan.port, plan.port_class, variant, Path(folder), unread)
+                checks = default_checks if is_default else variant_checks
+                yield run_case(variant.name, variant.overrides, subject, plan.told, checks)
         except OriginalError as error:
+            if is_default:
+                raise
             yield Case(variant.name, variant.overrides, (), skipped=error.message)
 
 
-def _random_case(plan: _Plan, config: Any, variant: Variant, processes: bool) -> Case:
-    with tempfile.TemporaryDirectory(prefix="porter-tiny-") as name:
-        write_checkpoint(config, Path(name))
-        subject = _subject(plan, Path(name), load_config(Path(name)), random_prompts(config))
-        return run_case(variant.name, variant.overrides, subject, plan.told, processes)
+def random_subject(
+    request: Request, port: Port, port_class: type[nn.Module], variant: Variant, folder: Path, unread: dict[str, None]
+) -> Subject:
+    """A tiny random checkpoint of `variant`, written into `folder`; OriginalError if its original can't run."""
+    config = shrink(tiny_config(model_type_of(port.architecture)), **{**unread, **variant.overrides})
+    write_checkpoint(config, folder, gain=variant.gain)
+    config = load_config(folder)
+    is_default = variant.name == "default"
+    sizes = request.tp or (legal_tp(port_class, config) if is_default else (smallest_tp(config),))
+    prompts = random_prompts(config)
+    return Subject(folder, port.path, port_class, config, request.dtype, prompts, sizes, request.trust_remote_code)
 
 
-def _subject(plan: _Plan, folder: Path, config: Any, prompts: list[list[int]]) -> Subject:
+def _subject(plan: _Plan, folder: Path, config: Any, prompts: list[list[int]], sizes: tuple[int, ...]) -> Subject:
     request = plan.request
-    sizes = request.tp or (smallest_tp(config),)
     return Subject(
         folder, plan.port.path, plan.port_class, config, request.dtype, prompts, sizes, request.trust_remote_code
     )
@@ -110,27 +122,42 @@ def smallest_tp(config: Any) -> int:
     return next((size for size in range(2, 9) if heads % size == 0), 2)
 
 
-def run_case(name: str, overrides: dict[str, Any], subject: Subject, told: Told, processes: bool) -> Case:
+def legal_tp(port_class: type[nn.Module], config: Any) -> tuple[int, ...]:
+    """Every size above 1 that the port allows; the smallest candidate, whose check says why not, if there is none."""
+    legal = tuple(size for size in tp_sizes(port_class, config).legal if size > 1)
+    return legal or (smallest_tp(config),)
+
+
+Checks = Callable[[Subject], Iterator[tuple[str, Callable[[], Check]]]]
+
+
+def run_case(name: str, overrides: dict[str, Any], subject: Subject, told: Told, checks: Checks | None = None) -> Case:
     """The checks of one checkpoint in order; what comes after a failure would only repeat it and is skipped."""
     found: list[Check] = []
-    for label, check in _checks(subject, processes):
+    for label, check in (checks or default_checks)(subject):
         told(f"{name}: {label}")
         failed = any(each.status == "FAIL" for each in found)
         found.append(Check(label, "skip", detail="not reached") if failed else check())
     return Case(name, overrides, tuple(found))
 
 
-def _checks(subject: Subject, processes: bool) -> Iterator[tuple[str, Callable[[], Check]]]:
+def default_checks(subject: Subject) -> Iterator[tuple[str, Callable[[], Check]]]:
+    """Every check, by name; the last starts processes."""
+    yield from variant_checks(subject, thorough=True)
+    for size in subject.tp[:1]:
+        name = f"tp {size} processes"
+        yield name, partial(_guarded, name, partial(parallel.check_processes, subject, size))
+
+
+def variant_checks(subject: Subject, thorough: bool = False) -> Iterator[tuple[str, Callable[[], Check]]]:
+    """The checks that start no processes; the engine's pressures one by one if `thorough`."""
     yield "ledger", partial(ledger.check, subject)
-    yield "modules", partial(_guarded, "modules", partial(modules.check, subject))
-    yield "logits", partial(_guarded, "logits", partial(logits.check, subject))
-    yield "greedy", partial(_guarded, "greedy", partial(generation.check, subject))
+    for module in (modules, logits, matrix):
+        yield module.NAME, partial(_guarded, module.NAME, partial(module.check, subject))
+    yield "greedy", partial(_guarded, "greedy", partial(generation.check, subject, thorough))
     for size in subject.tp:
         yield f"tp {size}", partial(_guarded, f"tp {size}", partial(parallel.check, subject, size))
     yield "int8", partial(_guarded, "int8", partial(quantized.check, subject))
-    for size in subject.tp if processes else ():
-        name = f"tp {size} processes"
-        yield name, partial(_guarded, name, partial(parallel.check_processes, subject, size))
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -163,4 +190,26 @@ def _result(plan: _Plan, selected: Selected, cases: tuple[Case, ...], seconds: f
         limits=untested(request, cases, _unread(plan)),
         versions={"porter": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         seconds=round(seconds, 1),
+        command=request.command,
+        hashes={"port": plan.port.sha256, **_hashes(cases)},
+        tp_sizes=_tp_sizes(plan),
     )
+
+
+def _hashes(cases: tuple[Case, ...]) -> dict[str, str]:
+    """Of the first case's config and checkpoint."""
+    found = (check.data.get("hashes") for case in cases for check in case.checks)
+    return next((hashes for hashes in found if hashes), {})
+
+
+def _tp_sizes(plan: _Plan) -> dict[str, Any]:
+    """The table of sizes for the config that people serve: the checkpoint's, or the model type's default."""
+    request = plan.request
+    if request.random:
+        config = AutoConfig.for_model(model_type_of(plan.port.architecture))
+    else:
+        config = load_config(resolve_model(str(request.model)), request.trust_remote_code)
+    try:
+        return asdict(tp_sizes(plan.port_class, config))
+    except Exception as error:  # a default config that no checkpoint has: some can't be built by the original either
+        return {"legal": [], "illegal": {}, "error": f"{type(error).__name__}: {error}"}

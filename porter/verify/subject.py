@@ -1,7 +1,7 @@
 """One checkpoint and the port that is to serve it: what every check works on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,11 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from porter.runtime.config import DTYPES
-from porter.verify.port_run import PortRun, build_port, load_port_weights, run_port
+from porter.verify.port_run import PortRun, load_port_weights, new_port, port_logits, run_port
 from porter.verify.reference import ReferenceRun, load_reference, run_reference
+from porter.verify.schedule import Schedule
 from porter.verify.tolerances import Tolerance, tolerance
 
 T = TypeVar("T")
+SHORT = 64  # tokens
+_OF_ORIGINAL = ("reference", "reference_run", "rounded_run", "logits_after", "chooses_otherwise")
 
 
 @dataclass
@@ -44,6 +47,11 @@ class Subject:
         return self.dtype != "float32"
 
     @property
+    def short_prompts(self) -> list[list[int]]:
+        """The prompts that are continued by generation."""
+        return [prompt for prompt in self.prompts if len(prompt) <= SHORT]
+
+    @property
     def positions(self) -> torch.Tensor:
         """The position of each token of the flat batch."""
         return torch.cat([torch.arange(len(prompt)) for prompt in self.prompts])
@@ -69,11 +77,25 @@ class Subject:
 
     @property
     def port_run(self) -> PortRun:
-        return self.memo("port_run", lambda: run_port(self.model, self.prompts))
+        return self.memo("port_run", lambda: run_port(self.model, self.prompts, self.torch_dtype))
+
+    @property
+    def chooses_otherwise(self) -> bool:
+        """Whether rounding alone sends tokens to other experts in the original: not all can be compared then."""
+        return self.memo("chooses_otherwise", lambda: self.half and _choices_differ(self))
 
     def build(self, linear_method: Any = None) -> Any:
         """A fresh instance of the port, its weights not loaded."""
-        return build_port(self.port, self.config, self.torch_dtype, linear_method)
+        return new_port(self.port, self.config, self.torch_dtype, linear_method)
+
+    def logits(self, model: Any, steps: Schedule | None = None) -> torch.Tensor:
+        """Logits `[num_tokens, vocab]` of an instance of the port on the prompts, in one forward or step by step."""
+        return port_logits(model, self.prompts, self.torch_dtype, steps)
+
+    def with_port(self, port_file: Path, port: type[nn.Module]) -> "Subject":
+        """The same checkpoint and original, what is known of them included, and another port."""
+        known = {name: made for name, made in self._made.items() if name in _OF_ORIGINAL}
+        return replace(self, port_file=port_file, port=port, _made=known)
 
     def memo(self, name: str, make: Callable[[], T]) -> T:
         """make(), once for each name."""
@@ -84,3 +106,10 @@ class Subject:
 
     def _run_rounded(self) -> ReferenceRun:
         return run_reference(load_reference(self.folder, self.torch_dtype, self.trust_remote_code), self.prompts)
+
+
+def _choices_differ(subject: Subject) -> bool:
+    """Whether a whole-number input over tokens (which experts) is another in the original's own half-precision run."""
+    pairs = zip(subject.reference_run.trace.calls, subject.rounded_run.trace.calls, strict=False)
+    choices = [(call.inputs.get(name), given) for call, other in pairs for name, given in other.inputs.items()]
+    return any(one is not None and not given.is_floating_point() and not one.equal(given) for one, given in choices)

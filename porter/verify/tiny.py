@@ -16,7 +16,7 @@ LAYERS = 2
 WINDOW = 8
 HEADS = 4
 HIDDEN = 64
-MAX_POSITION = 256
+MAX_POSITION = 512
 _HEAD_DIM = r"(head_dim|dim_head|kv_channels|d_kv)$"
 _HIDDEN = r"(hidden_size|d_model|n_embd|dim_model|emb_dim|d_embed|embedding_size|embed_proj_dim)"
 
@@ -58,6 +58,8 @@ _GENERIC = frozenset(PreTrainedConfig().to_dict()) - {
 }
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _SOFTCAP = 5.0  # small, so that a lost cap shows
+_EPS = 1e-3  # large enough that another eps shows
+_FACTOR = 1.25  # for factors that are 1 by default, so that a lost one shows
 
 
 def model_type_of(architecture: str) -> str:
@@ -99,27 +101,33 @@ def shrink(config: PreTrainedConfig, widths: int = 1, /, **overrides: Any) -> Pr
         return type(config)(**{**small, **overrides})
 
 
-def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
+def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0, gain: float = 1.0) -> None:
     """Save a randomised model of `config` in `folder` under the names that hub checkpoints use.
+
+    `gain` is a factor on every weight.
 
     Raises OriginalError when transformers can't build or run a model of that config.
     """
     torch.manual_seed(seed)
     with asked_of_original(f"build a tiny {config.model_type}", "use --model instead"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    randomise(model)
+    randomise(model, gain)
     model.save_pretrained(folder)
 
 
 @torch.no_grad()
-def randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel, gain: float = 1.0) -> None:
     """Give every parameter and persistent buffer random values; logits end up spread but not saturated."""
     embedding = model.get_input_embeddings()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             _randomise_tensor(name, tensor, _is_transposed(model, name))
     embedding.weight.normal_(std=0.3)
-    _spread_logits(model)
+    if gain == 1.0:
+        _spread_logits(model)
+        return
+    for parameter in model.parameters():
+        parameter.mul_(gain)
 
 
 def _randomise_tensor(name: str, tensor: torch.Tensor, transposed: bool) -> None:
@@ -154,6 +162,10 @@ def _shrunk(name: str, value: Any) -> Any:
         return _shrink_config(value)
     if "softcap" in name and isinstance(value, float):
         return _SOFTCAP
+    if "eps" in name and isinstance(value, float):
+        return _EPS
+    if value == 1.0 and isinstance(value, float) and re.search(r"multiplier|scal(e|ing)", name):
+        return _FACTOR
     if name == "eos_token_id" and isinstance(value, list):
         return 2
     open_size = value is None and re.search(_NEEDED, name)

@@ -14,7 +14,7 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its float inputs by parameter name, and its tensors out, each `[num_tokens, features]`."""
+    """One call of a module: its inputs over tokens by name, and its tensors out, each `[num_tokens, features]`."""
 
     module: str
     inputs: Inputs
@@ -60,14 +60,19 @@ def recording(model: nn.Module, num_tokens: int) -> Iterator[Trace]:
             handle.remove()
 
 
-def join(traces: list[Trace]) -> Trace:
-    """One trace of runs on different tokens, joined over tokens; calls that not all runs made are left out."""
+def join(traces: list[Trace], order: torch.Tensor | None = None) -> Trace:
+    """One trace of runs on different tokens, joined over tokens; calls that not all runs made are left out.
+
+    `order` are the rows of the joined tensors to keep, in the order to keep them in.
+    """
+    if len(traces) == 1:
+        return traces[0]
     others = [trace.by_module() for trace in traces]
     calls = []
     for (module, index), call in traces[0].keyed():
         same = [runs[module][index] for runs in others if index < len(runs.get(module, ()))]
         if len(same) == len(traces) and all(len(part.outputs) == len(call.outputs) for part in same):
-            calls.append(_join_calls(same))
+            calls.append(_join_calls(same, order))
     return Trace(sum(trace.num_tokens for trace in traces), calls)
 
 
@@ -94,15 +99,14 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _hook(trace: Trace, name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = bound_arguments(module, args, kwargs)
-        inputs = {key: flat[0] for key, value in arguments.items() if (flat := _float_input(value, trace.num_tokens))}
+        inputs = {key: flat[0] for key, value in arguments.items() if (flat := _tensor_input(value, trace.num_tokens))}
         trace.calls.append(Call(name, inputs, flatten(output, trace.num_tokens)))
 
     return hook
 
 
-def _float_input(value: Any, num_tokens: int) -> tuple[torch.Tensor, ...]:
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return flatten(value, num_tokens) if is_float else ()
+def _tensor_input(value: Any, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    return flatten(value, num_tokens) if isinstance(value, torch.Tensor) else ()
 
 
 def _token_first(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
@@ -114,11 +118,12 @@ def _token_first(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
     return tensor.movedim(axes[0], 0).reshape(num_tokens, -1) if axes else None
 
 
-def _join_calls(calls: list[Call]) -> Call:
+def _join_calls(calls: list[Call], order: torch.Tensor | None) -> Call:
     shared = [name for name in calls[0].inputs if all(name in call.inputs for call in calls)]
-    inputs = {name: torch.cat([call.inputs[name] for call in calls]) for name in shared if _same_width(name, calls)}
+    rows = slice(None) if order is None else order
+    inputs = {n: torch.cat([call.inputs[n] for call in calls])[rows] for n in shared if _same_width(n, calls)}
     outputs = zip(*(call.outputs for call in calls), strict=True)
-    return Call(calls[0].module, inputs, tuple(torch.cat(parts) for parts in outputs))
+    return Call(calls[0].module, inputs, tuple(torch.cat(parts)[rows] for parts in outputs))
 
 
 def _same_width(name: str, calls: list[Call]) -> bool:

@@ -1,12 +1,15 @@
 """Other values for the fields of a config that change a model's structure: what a port must also get right."""
 
+import inspect
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from porter.analyze.serving import SERVING
 from porter.manifest import Port
 from porter.verify.fields import fields_read
 from porter.verify.tiny import HEADS, HIDDEN, WINDOW, shrink
@@ -36,24 +39,39 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "use_sliding_window": {"sliding_window": WINDOW, "max_window_layers": 1},
     "new_decoder_architecture": {"num_kv_heads": 2},
 }
-_NOT_STRUCTURE = frozenset({"use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_decoder"})
+_NOT_STRUCTURE = frozenset(SERVING)
+_FAINT = 0.03  # small enough that the eps of a norm matters beside what it is given
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A name for the report and the config fields that differ from the tiny default."""
+    """A name for the report, the config fields that differ from the tiny default, and a factor on all weights."""
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    gain: float = 1.0
 
 
 def variants(config: PreTrainedConfig, port_file: Path) -> list[Variant]:
-    """The default, and one variant for each other value of a field that the port reads.
+    """The default, faint weights, and a variant for each other value of a field that the port or its original reads.
 
     Whether the original takes the value shows when it is run with it.
     """
-    read = fields_read(port_file)
-    return [Variant("default"), *_values(config, read), *_flags(config, read), *_ropes(config, read)]
+    read = fields_read(port_file) | _fields_of_original(config)
+    first = [Variant("default"), Variant("faint", _larger_eps(config), _FAINT)]
+    return [*first, *_values(config, read), *_flags(config, read), *_ropes(config, read)]
+
+
+def _fields_of_original(config: PreTrainedConfig) -> frozenset[str]:
+    """What the installed file reads: a port that lost a field must be tried with other values of it too."""
+    original = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return frozenset() if original is None else fields_read(Path(inspect.getfile(original)))
+
+
+def _larger_eps(config: PreTrainedConfig) -> dict[str, float]:
+    """Other values of every eps, so that one that a port has by heart shows."""
+    small = config.to_dict()
+    return {name: 3 * value for name, value in small.items() if "eps" in name and isinstance(value, float)}
 
 
 def unread_fields(config: PreTrainedConfig, port: Port) -> dict[str, None]:
@@ -85,7 +103,7 @@ def _values(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
 
 def _flags(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
     flags = {name: value for name, value in config.to_dict().items() if isinstance(value, bool)}
-    names = sorted((read | {"tie_word_embeddings"}) & flags.keys() - _NOT_STRUCTURE)
+    names = sorted((read | {"tie_word_embeddings"} | _COMPANIONS.keys()) & flags.keys() - _NOT_STRUCTURE)
     return [
         Variant(f"{name}={not flags[name]}", {name: not flags[name], **_companions(config, name)}) for name in names
     ]

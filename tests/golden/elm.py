@@ -34,6 +34,8 @@ class ElmAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.head_size = config.n_embd // config.n_head
+        if config.n_embd % config.n_head:
+            raise ValueError(f"{config.n_head} heads do not divide {config.n_embd} dimensions")
         self.c_attn = QKVParallelLinear(
             config.n_embd, self.head_size, self.n_head, bias=True, linear_method=linear_method
         )

@@ -152,13 +152,14 @@ def test_alibi_attention(bias_dtype: torch.dtype | None, size: int) -> None:
     torch.testing.assert_close(torch.cat(run_ranks(size, run), 1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sinks_are_loaded_in_shards() -> None:
+@pytest.mark.parametrize("made", [HEADS, HEADS // 2], ids=["for all ranks", "for its own rank"])
+def test_sinks_are_loaded_in_shards(made: int) -> None:
     sinks = torch.randn(HEADS)
 
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.sinks = nn.Parameter(torch.empty(HEADS // 2), requires_grad=False)
+            self.sinks = nn.Parameter(torch.empty(made), requires_grad=False)
             self.attn = PagedAttention(HEADS // 2, DIM, SCALING, sinks=self.sinks)
 
     def run(_: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ def test_an_installed_modeling_file_becomes_a_verified_port(converted: Path, che
     result = porter("verify", converted, "--model", checkpoint, "--json")
     found = json.loads(result.stdout)
     checks = {check["name"]: check["status"] for case in found["cases"] for check in case["checks"]}
-    assert set(checks) == {"ledger", "modules", "logits", "greedy", "tp 2", "int8", "tp 2 processes"}
+    assert set(checks) == {"ledger", "modules", "logits", "matrix", "greedy", "tp 2", "int8", "tp 2 processes"}
     assert (result.exit_code, set(checks.values())) == (0, {"PASS"})
     assert read_port(converted).verified
 
@@ -56,7 +56,7 @@ def test_an_installed_modeling_file_becomes_a_verified_port(converted: Path, che
     ("before", "after", "module", "cause"),
     [
         ("self.head_dim**-0.5", "1.0", "model.layers.0.self_attn", "scale"),
-        ('"gate_proj": 0, "up_proj": 1', '"gate_proj": 1, "up_proj": 0', "model.layers.0.mlp.gate_up_proj", "swapped"),
+        ('"gate_proj": 0, "up_proj": 1', '"gate_proj": 1, "up_proj": 0', "model.layers.0.mlp.gate_up_proj", "halves"),
         ("query_states = self.q_norm(", "query_states = (", "model.layers.0.self_attn", "q/k norms"),
     ],
     ids=["lost scale", "swapped gate and up", "lost norm of q"],
@@ -127,6 +127,7 @@ def checkpoint_with_code(name: str, folder: Path) -> Path:
 def test_code_that_lives_with_its_checkpoint_ports(name: str, tmp_path: Path) -> None:
     folder = checkpoint_with_code(name, tmp_path / name)
     result = porter("verify", "--model", folder, "--trust-remote-code", "--json")
+    assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     statuses = {check["status"] for case in found["cases"] for check in case["checks"]}
     assert (result.exit_code, found["converted"], statuses) == (0, True, {"PASS"})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from porter.runtime.model_registry import load_port
-from porter.verify.checks import generation, ledger, logits, modules, parallel
+from porter.verify.checks import generation, ledger, logits, matrix, modules, parallel
 from porter.verify.prompts import random_prompts
 from porter.verify.subject import Subject
 from porter.verify.tiny import shrink, tiny_config, write_checkpoint
@@ -35,14 +35,14 @@ FAULTS = [
         '{"gate_proj": 0, "up_proj": 1}',
         '{"gate_proj": 1, "up_proj": 0}',
         f"{LAYER}.mlp.gate_up_proj",
-        "swapped",
+        "exchanged",
     ),
     Fault(
         "swapped k and v",
         '"k_proj": "k", "v_proj": "v"',
         '"k_proj": "v", "v_proj": "k"',
         f"{LAYER}.self_attn.qkv_proj",
-        "wrong shard",
+        "another order",
     ),
     Fault(
         "wrong theta",
@@ -57,32 +57,32 @@ FAULTS = [
         "max_position=",
         "sliding_window=6, max_position=",
         f"{LAYER}.self_attn",
-        "position 5",
+        "the sliding window is 6, the original's None",
     ),
     Fault(
         "lost rotation of v's sign",
         "(positions, query, key, value,",
         "(positions, query, key, -value,",
         f"{LAYER}.self_attn",
-        "position 0",
+        "-1 times",
     ),
     Fault("wrong eps", "eps=config.rms_norm_eps", "eps=0.5", f"{LAYER}.input_layernorm", "eps"),
     Fault("wrong activation", "config.hidden_act", '"gelu"', f"{LAYER}.mlp", "activation"),
-    Fault("lost residual", "return hidden_states + self.mlp", "return self.mlp", LAYER, "factor"),
-    Fault("lost final norm", "return self.norm(hidden_states)", "return hidden_states", "model", "factor"),
+    Fault("lost residual", "return hidden_states + self.mlp", "return self.mlp", LAYER, "residual"),
+    Fault("lost final norm", "return self.norm(hidden_states)", "return hidden_states", "model", "norm"),
     Fault(
         "lost embedding multiplier",
         "hidden_states = self.embed_tokens(input_ids)",
         "hidden_states = self.embed_tokens(input_ids + 1 - 1 * (input_ids > 64))",
         "model.embed_tokens",
-        "embedding rows",
+        "rows of the embedding",
     ),
     Fault(
         "bias added to nothing",
         "return self.down_proj(self.act_fn",
         "return 0.01 + self.down_proj(self.act_fn",
         f"{LAYER}.mlp",
-        "factor",
+        "bias",
     ),
 ]
 
@@ -116,8 +116,8 @@ def test_a_wrong_module_is_named(fault: Fault, checkpoint: Path, tmp_path: Path)
 
 def test_the_port_as_written_passes(checkpoint: Path, tmp_path: Path) -> None:
     subject = subject_of(checkpoint, tmp_path)
-    checks = [ledger.check(subject), modules.check(subject), logits.check(subject), generation.check(subject)]
-    assert [check.status for check in checks] == ["PASS"] * 4
+    checks = [each.check(subject) for each in (ledger, modules, logits, matrix, generation)]
+    assert [check.status for check in checks] == ["PASS"] * 5
 
 
 def test_a_scaled_logit_is_caught_where_no_module_is_wrong(checkpoint: Path, tmp_path: Path) -> None:
@@ -147,9 +147,14 @@ def test_a_lost_bias_is_caught_by_the_ledger(tmp_path: Path) -> None:
     assert "self_attn.q_proj.bias unexpected" in " ".join(check.data["problems"])
 
 
-def test_a_fault_in_decode_only_is_caught_by_generation(checkpoint: Path, tmp_path: Path) -> None:
-    subject = subject_of(checkpoint, tmp_path, "self.attn(positions,", "self.attn(positions.clamp(max=36),")
+def test_a_fault_in_decode_only_is_caught_where_single_tokens_are_computed(checkpoint: Path, tmp_path: Path) -> None:
+    subject = subject_of(
+        checkpoint, tmp_path, "self.attn(positions,", "self.attn(positions * (attn_metadata.max_seqlen_q > 1),"
+    )
     assert modules.check(subject).status == "PASS"
+    check = matrix.check(subject)
+    assert (check.status, check.detail.startswith("decode: ")) == ("FAIL", True)
+    assert check.data["culprit"] == f"{LAYER}.self_attn"
     check = generation.check(subject)
     assert (check.status, "decode" in check.detail) == ("FAIL", True)
 
@@ -162,12 +167,20 @@ def test_a_fault_in_chunks_only_is_caught_by_generation(checkpoint: Path, tmp_pa
     assert (check.status, "chunked prefill" in check.detail) == ("FAIL", True)
 
 
+def test_one_cache_for_two_layers_is_named_with_both(checkpoint: Path, tmp_path: Path) -> None:
+    before, after = "zip(self.layers, kv_caches, strict=True)", "zip(self.layers, kv_caches[:1] * 2, strict=True)"
+    check = matrix.check(subject_of(checkpoint, tmp_path, before, after))
+    assert (check.status, check.data["culprit"]) == ("FAIL", "model")
+    assert "model.layers.0.self_attn.attn and model.layers.1.self_attn.attn" in check.detail
+
+
 def test_a_fault_in_shards_only_is_caught_by_tensor_parallelism(checkpoint: Path, tmp_path: Path) -> None:
     subject = subject_of(
         checkpoint, tmp_path, "        return self.o_proj(", "        return self.qkv_proj.num_heads / 4 * self.o_proj("
     )
     assert modules.check(subject).status == "PASS"
-    assert parallel.check(subject, 2).status == "FAIL"
+    check = parallel.check(subject, 2)
+    assert (check.status, check.data["culprit"]) == ("FAIL", f"{LAYER}.self_attn")
 
 
 def test_a_size_that_does_not_divide_is_skipped_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_right_port_passes_every_check_of_every_variant(port: Port) -> None:
     assert [(case.name, case.failure) for case in result.cases if case.failure] == []
     assert {case.name for case in result.cases} >= {"default", "num_key_value_heads=1", "head_dim=24", "rope-yarn"}
     names = [check.name for check in result.cases[0].checks]
-    assert names == ["ledger", "modules", "logits", "greedy", "tp 2", "int8", "tp 2 processes"]
+    assert names == ["ledger", "modules", "logits", "matrix", "greedy", "tp 2", "tp 4", "int8", "tp 2 processes"]
     assert all(check.status == "PASS" for case in result.cases for check in case.checks)
     assert read_port(port.folder).verified
 

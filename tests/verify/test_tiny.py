@@ -55,11 +55,19 @@ def test_unknown_names_are_one_line() -> None:
         model_type_of("NoSuchForCausalLM")
 
 
-def test_variants_come_from_the_fields_that_the_port_reads(tmp_path: Path) -> None:
+def test_variants_come_from_the_fields_that_port_or_original_read(tmp_path: Path) -> None:
     port = tmp_path / "port.py"
-    port.write_text("def build(config):\n    return config.parallel_attn, self.config.alibi, getattr(config, 'bias')\n")
+    port.write_text("def build(config):\n    return config.tie_word_embeddings\n")
     found = [variant.name for variant in variants(tiny_config("falcon"), port)]
-    assert found == ["default", "alibi=True", "bias=True", "parallel_attn=False", "tie_word_embeddings=False"]
+    assert found[:2] == ["default", "faint"]
+    assert {"alibi=True", "bias=True", "parallel_attn=False", "tie_word_embeddings=False"} <= set(found)
+
+
+def test_faint_weights_make_the_eps_of_norms_matter() -> None:
+    config = tiny_config("llama")
+    faint = next(each for each in variants(config, Path(__file__)) if each.name == "faint")
+    assert faint.gain < 0.1
+    assert faint.overrides == {"rms_norm_eps": 3 * config.rms_norm_eps}
 
 
 def test_a_flag_brings_what_it_needs(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from porter.verify.result import Check
 from porter.verify.subject import Subject
-from porter.weights import make_ledger
+from porter.weights import checkpoint_hashes, make_ledger
 
 NAME = "ledger"
 _SHOWN = 3
@@ -16,4 +16,5 @@ def check(subject: Subject) -> Check:
     more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     detail = "; ".join(problems[:_SHOWN]) + more if problems else ledger.tie
     data = {"worst": len(problems), "problems": list(problems), "tie": ledger.tie}
+    data["hashes"] = checkpoint_hashes(subject.folder)
     return Check(NAME, "FAIL" if problems else "PASS", f"{used} of {len(ledger.lines)} used", "0 left", detail, data)

@@ -3,9 +3,11 @@
 import torch
 
 from porter.verify.result import Check
+from porter.verify.signatures import Evidence, explain
 from porter.verify.subject import Subject
 
 NAME = "logits"
+_SENT_ELSEWHERE = 0.05  # of the tokens, in half precision, if the original's own choices of experts depend on rounding
 
 
 def check(subject: Subject) -> Check:
@@ -19,14 +21,26 @@ def check(subject: Subject) -> Check:
     divergence = float((theirs_log.exp() * (theirs_log - ours_log)).sum(-1).mean())
     wrong = wrong_tokens(ours.argmax(-1), theirs, tie_margin(subject))
     limit = subject.tolerance.kl
-    passed = not wrong and (limit is None or divergence <= limit)
+    passed = tolerated(subject, len(wrong), len(ours)) and (limit is None or divergence <= limit)
     shift = float((ours_log - theirs_log).abs().max())
     figure = f"KL {abs(divergence):.1e}, top-1 {1 - len(wrong) / len(ours):.0%}"
-    detail = (
-        f"best token differs at {len(wrong)} of {len(ours)} positions" if wrong else f"largest shift {shift:.1e} nats"
-    )
-    data = {"worst": abs(divergence), "kl": divergence, "wrong": wrong, "max_logprob_shift": shift}
+    detail = f"largest shift {shift:.1e} nats"
+    if not passed:
+        told = f"best token differs at {len(wrong)} of {len(ours)} positions, " if wrong else ""
+        detail = f"{told}{detail}; every module is right: compute_logits is not; look at: {_cause(subject)}"
+    data = {"worst": abs(divergence), "kl": divergence, "wrong": wrong, "max_logprob_shift": shift, "culprit": ""}
     return Check(NAME, "PASS" if passed else "FAIL", figure, "-" if limit is None else f"{limit:g}", detail, data)
+
+
+def tolerated(subject: Subject, wrong: int, total: int) -> bool:
+    """Whether so many wrong tokens are fine: none, or a few where rounding decides which experts a token goes to."""
+    return wrong <= (_SENT_ELSEWHERE * total if subject.chooses_otherwise else 0)
+
+
+def _cause(subject: Subject) -> str:
+    ours, theirs = subject.port_run.logits, subject.reference_run.logits
+    found = Evidence("", ours, theirs, {}, subject.positions, 1e-3)
+    return explain(found) or "the head (tied against the checkpoint?), a cap or a scale of the logits"
 
 
 def tie_margin(subject: Subject) -> float:

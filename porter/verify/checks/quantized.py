@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from porter.runtime.quantization.registry import get_linear_method
-from porter.verify.compare import relative_error
-from porter.verify.port_run import load_port_weights, port_logits
+from porter.verify.compare import logits_error
+from porter.verify.port_run import load_port_weights
 from porter.verify.result import Check
 from porter.verify.subject import Subject
 
@@ -21,8 +21,8 @@ def check(subject: Subject) -> Check:
     layers = _copy_dequantized(quantized, twin)
     if not layers:
         return Check(NAME, "FAIL", "0 layers", "", "no layer takes linear_method")
-    ours, expected = port_logits(quantized, subject.prompts), port_logits(twin, subject.prompts)
-    error = relative_error(ours, expected)
+    ours, expected = subject.logits(quantized), subject.logits(twin)
+    error = logits_error(ours, expected, subject.half)
     limit = subject.tolerance.quantized
     cost = _divergence(ours, subject.port_run.logits)
     detail = f"{layers} layers; int8 itself costs KL {cost:.1e}"
