@@ -140,7 +140,7 @@ def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=4096,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,

@@ -12,7 +12,7 @@ import uvicorn
 
 from porter import console
 from porter.errors import UsageError
-from porter.runtime.checkpoint import load_tokenizer, resolve_model
+from porter.runtime.checkpoint import load_config, load_tokenizer, resolve_model
 from porter.runtime.config import default_sampling
 from porter.serve.answers import now
 from porter.serve.app import build_app
@@ -73,6 +73,7 @@ async def _start(options: ServeOptions, client: EngineClient) -> Service:
 
 
 def _tokenizing(folder: Path, options: ServeOptions) -> Tokenizing:
+    load_config(folder, bool(options.engine.get("trust_remote_code")))  # what is no checkpoint is best told by this
     source = options.engine.get("tokenizer") or folder
     tokenizer = load_tokenizer(source, bool(options.engine.get("trust_remote_code")))
     template = None if options.chat_template is None else options.chat_template.read_text(encoding="utf-8")

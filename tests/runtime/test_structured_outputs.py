@@ -23,7 +23,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def llm(chat_checkpoint: Path) -> Iterator[LLM]:
-    llm = LLM(chat_checkpoint, port=PORT, device="cpu", num_blocks=64, max_num_batched_tokens=32)
+    llm = LLM(chat_checkpoint, port=PORT, device="cpu", num_blocks=64, max_model_len=256, max_num_batched_tokens=32)
     yield llm
     llm.shutdown()
 
@@ -97,7 +97,7 @@ def test_min_tokens_does_not_go_with_a_form() -> None:
 
 
 def test_a_form_needs_a_tokenizer(chat_checkpoint: Path) -> None:
-    llm = LLM(chat_checkpoint, port=PORT, device="cpu", num_blocks=64, skip_tokenizer_init=True)
+    llm = LLM(chat_checkpoint, port=PORT, device="cpu", num_blocks=64, max_model_len=256, skip_tokenizer_init=True)
     with pytest.raises(RequestError, match="tokenizer"):
         llm.generate(
             {"prompt_token_ids": [5]}, SamplingParams(structured_outputs=StructuredOutputs(regex="a")), use_tqdm=False
