@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 import openai
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from porter.runtime.engine import LLM, SamplingParams
