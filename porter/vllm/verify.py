@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -143,7 +144,7 @@ def _logprobs(subject: Subject, answer: Answer, name: str) -> Check:
             expected = theirs[position - 1].double().log_softmax(-1)
             tokens = torch.tensor(list(entries))
             ours = torch.tensor(list(entries.values()), dtype=torch.float64)
-            divergences.append(float((expected[tokens].exp() * (expected[tokens] - ours)).sum()))
+            divergences.append(_divergence(expected[tokens], ours))
             shifts.append(float((expected[tokens] - ours).abs().max()))
             best.append(max(entries, key=lambda token: entries[token]))
             rows.append(theirs[position - 1])
@@ -154,6 +155,13 @@ def _logprobs(subject: Subject, answer: Answer, name: str) -> Check:
     detail = f"largest shift {max(shifts):.1e} nats"
     data = {"worst": kl, "wrong": wrong, "max_logprob_shift": max(shifts)}
     return Check(name, "PASS" if passed else "FAIL", figure, "-" if limit is None else f"{limit:g}", detail, data)
+
+
+def _divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """Kullback-Leibler divergence in nats, from log-probabilities of some tokens; all others count as one."""
+    found = float((theirs.exp() * (theirs - ours)).sum())
+    rest, our_rest = (max(1.0 - float(each.exp().sum()), 1e-9) for each in (theirs, ours))
+    return found + rest * math.log(rest / our_rest)
 
 
 def _greedy(subject: Subject, answer: Answer, name: str) -> Check:

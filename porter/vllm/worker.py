@@ -68,8 +68,8 @@ def reason(error: BaseException) -> str:
     """The last cause, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def clean_up() -> None:

@@ -119,7 +119,7 @@ class _Replace(cst.CSTTransformer):
         fields = [*sizes, *(f"{_NAMES[k]}={v}" for k, v in given.items() if k in _NAMES)]
         if kind == "alibi":
             self._import(SUPPORT, "local_slopes")
-            fields.append(f"alibi_slopes=local_slopes({given[_SLOPES]})")
+            fields.append(f"alibi_slopes=local_slopes({given[_SLOPES]}, {sizes[0]})")
         if "sinks" in given:
             self._import(SUPPORT, "shard_heads")
             lines.append(f"shard_heads({given['sinks']})")
