@@ -9,6 +9,7 @@
 constexpr long PANEL = 3 * LANES;
 constexpr long CHUNK_ROWS = 64;   // rows whose sums wait in the first-level cache
 constexpr long BLOCK_BYTES = 192 * 1024;  // of a panel, re-read for each tile from the second-level cache
+constexpr long WIDENED_BYTES = 24 * 1024;  // of a block that is int8 in memory
 
 constexpr long AHEAD = 16;  // rows of a panel, asked of memory before their turn
 
@@ -67,47 +68,71 @@ static void tiles(const T* x, long ldx, const T* w, long k, float* out, long row
 }
 
 template <typename T>
-static void finish(const float* out, const T* bias, T* y, long columns) {
-    for (long j = 0; j < columns; j++) y[j] = from_float<T>(bias ? out[j] + to_float(bias[j]) : out[j]);
+static void finish(const float* out, const float* scale, const T* bias, T* y, long columns) {
+    for (long j = 0; j < columns; j++) {
+        const float scaled = scale ? out[j] * scale[j] : out[j];
+        y[j] = from_float<T>(bias ? scaled + to_float(bias[j]) : scaled);
+    }
 }
 
-template <typename T>
-static void linear(const T* x, long ldx, const T* w, const T* bias, T* y, long m, long n, long k) {
+// A block of a panel as the tiles read it: int8 becomes a T, which holds it exactly, on its way
+template <typename T> static const T* widen(const T* w, T*, long) { return w; }
+template <typename T> static const T* widen(const int8_t* w, T* space, long count) {
+    for (long i = 0; i < count; i += LANES) store_floats(space + i, load_floats(w + i));
+    return space;
+}
+
+template <typename T, typename W>
+static void linear(const T* x, long ldx, const W* w, const float* scale, const T* bias, T* y, long m, long n, long k) {
     const long panels = (n + PANEL - 1) / PANEL, chunks = (m + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    const long block = BLOCK_BYTES / (PANEL * 4) * GROUP<T>;
+    constexpr bool widens = sizeof(W) != sizeof(T);
+    constexpr long block = (widens ? WIDENED_BYTES : BLOCK_BYTES) / (PANEL * 4) * GROUP<T>;
 #pragma omp parallel for collapse(2) schedule(static)
     for (long p = 0; p < panels; p++)
         for (long c = 0; c < chunks; c++) {
             alignas(64) float out[CHUNK_ROWS * PANEL] = {};
             const long first = c * CHUNK_ROWS, rows = std::min(m - first, CHUNK_ROWS);
-            const T* panel = w + p * PANEL * groups<T>(k) * GROUP<T>;
-            for (long i = 0; i < k; i += block)
-                tiles(x + first * ldx + i, ldx, panel + i * PANEL, std::min(k - i, block), out, rows);
+            alignas(64) T space[widens ? block * PANEL : 1];
+            const W* panel = w + p * PANEL * groups<T>(k) * GROUP<T>;
+            for (long i = 0; i < k; i += block) {
+                const long inner = std::min(k - i, block);
+                const T* ready = widen(panel + i * PANEL, space, groups<T>(inner) * GROUP<T> * PANEL);
+                tiles(x + first * ldx + i, ldx, ready, inner, out, rows);
+            }
             for (long r = 0; r < rows; r++)
-                finish(out + r * PANEL, bias ? bias + p * PANEL : nullptr, y + (first + r) * n + p * PANEL,
+                finish(out + r * PANEL, scale ? scale + p * PANEL : nullptr, bias ? bias + p * PANEL : nullptr, y + (first + r) * n + p * PANEL,
                        std::min(n - p * PANEL, PANEL));
         }
 }
 
-template <typename T> static void pack(const T* weight, T* packed, long n, long k) {
+template <typename T, typename W> static void pack(const W* weight, W* packed, long n, long k) {
     const long panels = (n + PANEL - 1) / PANEL, width = groups<T>(k) * GROUP<T>;
 #pragma omp parallel for schedule(static)
     for (long p = 0; p < panels; p++)
         for (long i = 0; i < width; i++)
             for (long j = 0; j < PANEL; j++) {
                 const long row = p * PANEL + j;
-                T* to = packed + p * PANEL * width + (i / GROUP<T> * PANEL + j) * GROUP<T> + i % GROUP<T>;
-                *to = row < n && i < k ? weight[row * k + i] : T{};
+                W* to = packed + p * PANEL * width + (i / GROUP<T> * PANEL + j) * GROUP<T> + i % GROUP<T>;
+                *to = row < n && i < k ? weight[row * k + i] : W{};
             }
 }
 
-#define EXPORT(T, NAME)                                                                                          \
-    extern "C" void panel_elements_##NAME(long n, long k, long* elements) {                                     \
-        *elements = (n + PANEL - 1) / PANEL * PANEL * groups<T>(k) * GROUP<T>;                                  \
-    }                                                                                                           \
-    extern "C" void pack_panels_##NAME(const T* weight, T* packed, long n, long k) { pack(weight, packed, n, k); } \
-    extern "C" void linear_##NAME(const T* x, long ldx, const T* w, const T* bias, T* y, long m, long n, long k) { \
-        linear(x, ldx, w, bias, y, m, n, k);                                                                    \
+#define EXPORT(T, NAME)                                                                                                \
+    extern "C" void panel_elements_##NAME(long n, long k, long* elements) {                                            \
+        *elements = (n + PANEL - 1) / PANEL * PANEL * groups<T>(k) * GROUP<T>;                                         \
+    }                                                                                                                  \
+    extern "C" void pack_panels_##NAME(const T* weight, T* packed, long n, long k) {                                   \
+        pack<T>(weight, packed, n, k);                                                                                 \
+    }                                                                                                                  \
+    extern "C" void pack_int8_panels_##NAME(const int8_t* weight, int8_t* packed, long n, long k) {                    \
+        pack<T>(weight, packed, n, k);                                                                                 \
+    }                                                                                                                  \
+    extern "C" void linear_##NAME(const T* x, long ldx, const T* w, const T* bias, T* y, long m, long n, long k) {     \
+        linear(x, ldx, w, nullptr, bias, y, m, n, k);                                                                  \
+    }                                                                                                                  \
+    extern "C" void int8_linear_##NAME(const T* x, long ldx, const int8_t* w, const float* scale, const T* bias, T* y, \
+                                       long m, long n, long k) {                                                       \
+        linear(x, ldx, w, scale, bias, y, m, n, k);                                                                    \
     }
 EXPORT(float, float32)
 EXPORT(bfloat16, bfloat16)

@@ -20,6 +20,7 @@ constexpr int TILE_ROWS = 8;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 struct bfloat16 {
@@ -85,6 +86,8 @@ static inline Floats cast(Floats v, const bfloat16*) {
     store_floats(some, v);
     return load_floats(some);
 }
+
+static inline Floats load_floats(const int8_t* from) { return __builtin_convertvector(load<Bytes>(from), Floats); }
 
 static inline float sum(Floats v) {
 #if defined(__AVX512F__) && defined(__AVX512BF16__)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from porter.kernels import cpu_library
 from porter.kernels.act_and_mul import act_and_mul, act_and_mul_reference
 from porter.kernels.argmax import argmax
 from porter.kernels.cpu_library import cpu_function
 from porter.kernels.decode_attention_cpu import can_decode, decode_attention_cpu
+from porter.kernels.int8_linear import dequantize_int8, quantize_int8
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention_reference
 from porter.kernels.panel_linear import CASES, can_pack_panels, pack_panels, panel_linear, panel_linear_reference
 from porter.kernels.rms_norm import rms_norm, rms_norm_reference
@@ -83,8 +85,8 @@ def test_panel_linear(case: dict[str, Any], dtype: torch.dtype) -> None:
     bias = torch.randn(case["out_features"]).to(dtype) if case["bias"] else None
     wide = torch.randn(case["num_tokens"], case["in_features"] + 5).to(dtype)
     x = wide[:, : case["in_features"]]
-    assert can_pack_panels(weight)
-    found = panel_linear(x, pack_panels(weight), case["out_features"], bias)
+    assert can_pack_panels(weight, dtype)
+    found = panel_linear(x, pack_panels(weight, dtype), case["out_features"], bias)
     expected = panel_linear_reference(x.double(), weight.double(), None if bias is None else bias.double())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     scale = case["in_features"] ** 0.5
@@ -92,16 +94,31 @@ def test_panel_linear(case: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @can_compile
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_panel_linear_of_int8(case: dict[str, Any], dtype: torch.dtype) -> None:
+    weight, scale = quantize_int8(torch.randn(case["out_features"], case["in_features"]))
+    bias = torch.randn(case["out_features"]).to(dtype) if case["bias"] else None
+    x = torch.randn(case["num_tokens"], case["in_features"]).to(dtype)
+    found = panel_linear(x, pack_panels(weight, dtype), case["out_features"], bias, scale)
+    wide = None if bias is None else bias.double()
+    expected = F.linear(x.double(), dequantize_int8(weight, scale.double(), torch.float64), wide)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * case["in_features"] ** 0.5)
+
+
+@can_compile
 def test_panel_linear_takes_any_leading_dimensions_and_one_dtype() -> None:
     weight = torch.randn(10, 6)
-    panels, x = pack_panels(weight), torch.randn(2, 6, 3).transpose(1, 2)
+    panels, x = pack_panels(weight, torch.float32), torch.randn(2, 6, 3).transpose(1, 2)
     torch.testing.assert_close(panel_linear(x, panels, 10), x @ weight.T)
     with pytest.raises(TypeError, match="bfloat16"):
         panel_linear(x.bfloat16(), panels, 10)
 
 
 def test_float16_is_left_to_torch() -> None:
-    assert not can_pack_panels(torch.zeros(4, 4, dtype=torch.float16))
+    assert not can_pack_panels(torch.zeros(4, 4, dtype=torch.float16), torch.float16)
+    assert not can_pack_panels(torch.zeros(4, 4, dtype=torch.int8), torch.float16)
 
 
 compiled = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,6 +9,8 @@ from porter.runtime.layers import packing
 from porter.runtime.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from porter.runtime.layers.linear import ColumnParallelLinear, LinearMethod, RowParallelLinear
 from porter.runtime.layers.packing import MkldnnMethod, PanelMethod, can_pack_mkldnn, pack_weights
+from porter.runtime.layers.sharding import Part
+from porter.runtime.quantization.int8 import METHOD
 
 
 @pytest.mark.parametrize("panels", [True, False])
@@ -18,7 +20,7 @@ def test_packing_changes_no_output(
     dtype: torch.dtype, num_tokens: int, panels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not panels:
-        monkeypatch.setattr(packing, "can_pack_panels", lambda weight: False)
+        monkeypatch.setattr(packing, "can_pack_panels", lambda weight, dtype: False)
     torch.set_default_dtype(dtype)
     try:
         model = nn.Sequential(ColumnParallelLinear(24, 40), RowParallelLinear(40, 24, bias=False))
@@ -30,7 +32,7 @@ def test_packing_changes_no_output(
     x = wide[:, :24]
     expected = model(x)
     weight = next(model.parameters())
-    wanted = PanelMethod if can_pack_panels(weight) and panels else MkldnnMethod
+    wanted = PanelMethod if can_pack_panels(weight, dtype) and panels else MkldnnMethod
     kind = wanted if wanted is PanelMethod or can_pack_mkldnn(weight) else LinearMethod
     pack_weights(model)
     assert {type(getattr(layer, "linear_method", None)).__name__ for layer in model} == {kind.__name__}
@@ -47,3 +49,20 @@ def test_a_shared_embedding_stays_readable() -> None:
     pack_weights(nn.ModuleList([embedding, head]))
     torch.testing.assert_close(embedding(ids), embedding.weight[ids])
     torch.testing.assert_close(head(hidden), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_packing_int8_changes_no_output(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        layer = ColumnParallelLinear(24, 40, linear_method=METHOD)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    METHOD.load_part(layer, "weight", Part((40, 24)), torch.randn(40, 24))
+    x = torch.randn(5, 24).to(dtype)
+    expected = layer(x)
+    packable = can_pack_panels(layer.weight, dtype)
+    pack_weights(layer)
+    assert isinstance(layer.linear_method, PanelMethod) == packable
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
