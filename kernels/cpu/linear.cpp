@@ -11,7 +11,7 @@ constexpr long CHUNK_ROWS = 64;   // rows whose sums wait in the first-level cac
 constexpr long BLOCK_BYTES = 192 * 1024;  // of a panel, re-read for each tile from the second-level cache
 constexpr long WIDENED_BYTES = 24 * 1024;  // of a block that is int8 in memory
 
-constexpr long AHEAD = 16;  // rows of a panel, asked of memory before their turn
+constexpr long AHEAD = 32;  // rows of a panel that are asked of memory before their turn
 
 template <typename T> constexpr long GROUP = 4 / sizeof(T);  // consecutive k's in one 32-bit lane
 
@@ -41,14 +41,14 @@ static inline uint32_t lane(const bfloat16* x, long left) {
 }
 
 template <typename T, int ROWS>
-static void tile(const T* x, long ldx, const T* w, long k, float* out) {
+static void tile(const T* x, long ldx, const T* w, const T* next, long k, float* out) {
     Floats sums[ROWS][3];
     for (int r = 0; r < ROWS; r++)
         for (int j = 0; j < 3; j++) sums[r][j] = load<Floats>(out + r * PANEL + j * LANES);
     constexpr long step = GROUP<T>;
     for (long i = 0; i < k; i += step) {
         const T* row = w + i * PANEL;
-        for (int j = 0; j < 3; j++) __builtin_prefetch(row + (AHEAD * PANEL + j * LANES) * step);
+        for (int j = 0; j < 3; j++) __builtin_prefetch(next + (i * PANEL + j * LANES * step), 0, 2);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             const auto a = lane(x + r * ldx + i, k - i);
@@ -60,11 +60,15 @@ static void tile(const T* x, long ldx, const T* w, long k, float* out) {
         for (int j = 0; j < 3; j++) store(out + r * PANEL + j * LANES, sums[r][j]);
 }
 
+// The last of several tiles finds its weights in the cache and asks memory for those that come after `k`.
 template <typename T, int ROWS = TILE_ROWS>
-static void tiles(const T* x, long ldx, const T* w, long k, float* out, long rows) {
-    for (; rows >= ROWS; rows -= ROWS, x += ROWS * ldx, out += ROWS * PANEL) tile<T, ROWS>(x, ldx, w, k, out);
+static void tiles(const T* x, long ldx, const T* w, long k, float* out, long rows, bool first = true) {
+    for (; rows >= ROWS; rows -= ROWS, x += ROWS * ldx, out += ROWS * PANEL, first = false) {
+        const long ahead = first || rows > ROWS ? AHEAD * GROUP<T> : k;
+        tile<T, ROWS>(x, ldx, w, w + ahead * PANEL, k, out);
+    }
     if constexpr (ROWS > 1)
-        if (rows) tiles<T, ROWS - 1>(x, ldx, w, k, out, rows);
+        if (rows) tiles<T, ROWS - 1>(x, ldx, w, k, out, rows, first);
 }
 
 template <typename T>
