@@ -1,6 +1,7 @@
 """The model runner of a GPU: a step runs while the host prepares the next; decode steps are CUDA graphs."""
 
 import gc
+import warnings
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,23 @@ class CudaRunner(ModelRunner):
         """Make the KV cache, then record the decode steps on it (unless `enforce_eager`)."""
         super().allocate(num_blocks)
         if not self.config.enforce_eager:
-            self.graphs = DecodeGraphs(self.model, self.kv_caches, self.config, self.last_tokens)
-            self.graphs.capture()
+            self.graphs = self._captured()
         # a collection of Python's would walk the whole model in the middle of a step
         gc.collect()
         gc.freeze()
+
+    def _captured(self) -> DecodeGraphs | None:
+        graphs = DecodeGraphs(self.model, self.kv_caches, self.config, self.last_tokens)
+        try:
+            graphs.capture()
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"this port can't be recorded in CUDA graphs and decodes eagerly: {reason}", stacklevel=2)
+            torch.cuda.synchronize()
+            return None
+        return graphs
 
     @torch.no_grad()
     def launch(

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from porter.kernels.act_and_mul import ACTIVATIONS
-from porter.kernels.fused_moe import fused_moe
+from porter.kernels.fused_moe import fused_moe, fused_moe_stacked
+from porter.runtime.deferred import materialize
 from porter.runtime.errors import ConfigError
 from porter.runtime.layers.linear import UNQUANTIZED, LinearMethod
 from porter.runtime.layers.sharding import Part, ShardId, set_parts
@@ -65,6 +66,11 @@ class FusedMoE(nn.Module):
         top_k_index: torch.Tensor,  # [num_tokens, top_k]
         top_k_weights: torch.Tensor,  # [num_tokens, top_k]
     ) -> torch.Tensor:
+        hidden_states = materialize(hidden_states)
+        if self.linear_method is UNQUANTIZED and hidden_states.is_cuda:
+            stacks = self.get_parameter("gate_up_proj"), self.get_parameter("down_proj")
+            y = fused_moe_stacked(hidden_states, *stacks, top_k_index, top_k_weights, self.hidden_act)
+            return y if self.tp_size == 1 else all_reduce(y)
         y = fused_moe(
             hidden_states,
             lambda expert: self._weights(expert, hidden_states.dtype),

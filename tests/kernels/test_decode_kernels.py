@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from porter.kernels import decode_attention as decode_module
+from porter.kernels import fused_moe as moe_module
 from porter.kernels import linear_row as row_module
 from porter.kernels import rms_norm as norm_module
 from porter.kernels import rotate_and_store as store_module
@@ -158,3 +159,21 @@ def test_sampling_draws_from_the_softmax() -> None:
     assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / num_rows).sqrt()).all()
     again = sample_module.sample_tokens(rows[5:9], torch.full((4,), temperature), seeds[5:9])
     assert again.tolist() == found[5:9].tolist()
+
+
+@pytest.mark.parametrize("case", [*moe_module.CASES, {**moe_module.CASES[0], "num_tokens": 90, "num_experts": 2}])
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu_pytorch_tanh"])
+@dtypes
+def test_experts(case: dict[str, Any], hidden_act: str, dtype: torch.dtype) -> None:
+    tokens, experts, hidden, inner = (
+        case[name] for name in ("num_tokens", "num_experts", "hidden_size", "intermediate_size")
+    )
+    x = torch.randn(tokens, hidden).to(dtype)
+    gate_up = (torch.randn(experts, 2 * inner, hidden) * hidden**-0.5).to(dtype)
+    down = (torch.randn(experts, hidden, inner) * inner**-0.5).to(dtype)
+    scores, chosen = torch.randn(tokens, experts).softmax(-1).topk(case["top_k"])
+    found = moe_module._launch(x, gate_up, down, chosen, scores, hidden_act)
+    reference = moe_module.fused_moe_reference(
+        x.float(), gate_up.float(), down.float(), chosen, scores.float(), hidden_act
+    )
+    assert_close(found, reference.to(dtype))
