@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,3 +49,19 @@ def interpreting() -> Iterator[None]:
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether a launcher should run its Triton kernel for `tensor`."""
     return HAS_TRITON and (tensor.is_cuda or _interpreting)
+
+
+@cache
+def _has_dependent_launch(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def dependent_launch(tensor: torch.Tensor) -> dict[str, bool]:
+    """Launch options for a kernel with a constexpr PDL that may start before the one before it on the stream has ended.
+
+    Such a kernel calls gdc_wait before it reads what others computed and before it writes; until then it may read
+    weights. (Programmatic dependent launch, CUDA programming guide; Hopper and later.)
+    """
+    if tensor.is_cuda and _has_dependent_launch(tensor.device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from porter.kernels.backend import tl, triton
+from porter.kernels.backend import dependent_launch, tl, triton
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention_reference
 from porter.kernels.rotate import HeadNorm, Rotation, load_heads, norm_arguments, rotation_arguments
 from porter.kernels.rotate_and_store import rotate_and_store_reference
@@ -15,7 +15,10 @@ from porter.kernels.rotate_and_store import rotate_and_store_reference
 # A program for each (sequence, KV head, split): so many fill a GPU
 _PROGRAMS_PER_PROCESSOR = 4
 _MAX_SPLITS = 64
+_LEAST_SHARE = 512  # keys of a program where there are programs enough
 _BLOCK_N = 64
+_WARPS = 4
+_STAGES = 3
 _MAX_COUNTERS = 65536
 _counters: dict[torch.device, torch.Tensor] = {}
 
@@ -32,7 +35,7 @@ CASES: list[dict[str, Any]] = [
 
 # What a step's batch decides is not specialised on, or kernels would be compiled while serving
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["stride_table", "splits"],
+    do_not_specialize=["stride_table", "splits", "least_share"],
     do_not_specialize_on_alignment=["block_tables_ptr", "context_lens_ptr", "positions_ptr", "slot_mapping_ptr"],
 )
 def _decode_attention_kernel(  # type: ignore[no-untyped-def]
@@ -41,14 +44,17 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     block_tables_ptr, context_lens_ptr, acc_ptr, total_ptr, counters_ptr,
     stride_query, stride_query_head, stride_key, stride_key_head, stride_value, stride_value_head,
     stride_block, stride_slot, stride_kv_head, stride_table,
-    scaling, softcap, window, group, head_dim, rotary_dim, block_size, query_eps, key_eps, splits,
+    scaling, softcap, window, group, head_dim, rotary_dim, block_size, query_eps, key_eps, splits, least_share,
     QUERY_NORM: tl.constexpr, QUERY_OFFSET: tl.constexpr, KEY_NORM: tl.constexpr, KEY_OFFSET: tl.constexpr,
     ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, STORE: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
-    ALIBI_DTYPE: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIBI_DTYPE: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     # One program: the query heads that share a KV head of one sequence, over one share of its keys.
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -56,7 +62,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     begin = 0
     if WINDOW:
         begin = tl.maximum(context_len - window, 0)
-    share = tl.cdiv(tl.cdiv(context_len - begin, splits), BLOCK_N) * BLOCK_N
+    share = tl.maximum(tl.cdiv(tl.cdiv(context_len - begin, splits), BLOCK_N) * BLOCK_N, least_share)
     active = tl.cdiv(context_len - begin, tl.maximum(share, 1))
     if split < active:
         low = begin + split * share
@@ -132,7 +138,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         if active > 1:
             pair = sequence * tl.num_programs(1) + kv_head
             part = (pair * splits + split) * BLOCK_G + rows
-            tl.store(acc_ptr + part[:, None] * BLOCK_D + dims[None, :], acc)
+            tl.store(acc_ptr + part[:, None] * BLOCK_D + dims[None, :], acc, mask=live[:, None])
             tl.store(total_ptr + part * 2, highest)
             tl.store(total_ptr + part * 2 + 1, total)
             tl.debug_barrier()
@@ -140,18 +146,34 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
             if last:
                 tl.debug_barrier()
                 tl.store(counters_ptr + pair, 0)
-                highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
+                all_splits = tl.arange(0, MAX_SPLITS)
+                parts = (pair * splits + all_splits)[:, None] * BLOCK_G + rows[None, :]
+                maxima = tl.load(
+                    total_ptr + parts * 2,
+                    mask=(all_splits < active)[:, None],
+                    other=float("-inf"),
+                    cache_modifier=".cg",
+                )
+                highest = tl.max(maxima, 0)
                 total = tl.zeros([BLOCK_G], tl.float32)
                 acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-                for other in range(0, active):
-                    part = (pair * splits + other) * BLOCK_G + rows
-                    part_highest = tl.load(total_ptr + part * 2, cache_modifier=".cg")
-                    new_highest = tl.maximum(highest, part_highest)
-                    shrink, factor = tl.exp(highest - new_highest), tl.exp(part_highest - new_highest)
-                    total = total * shrink + factor * tl.load(total_ptr + part * 2 + 1, cache_modifier=".cg")
-                    piece = tl.load(acc_ptr + part[:, None] * BLOCK_D + dims[None, :], cache_modifier=".cg")
-                    acc = acc * shrink[:, None] + piece * factor[:, None]
-                    highest = new_highest
+                # the loads of an iteration do not wait for each other
+                for first in range(0, active, 4):
+                    for i in tl.static_range(4):
+                        present = live & (rows * 0 + (first + i) < active)
+                        part = (pair * splits + first + i) * BLOCK_G + rows
+                        part_highest = tl.load(
+                            total_ptr + part * 2, mask=present, other=float("-inf"), cache_modifier=".cg"
+                        )
+                        factor = tl.exp(part_highest - highest)
+                        total += factor * tl.load(
+                            total_ptr + part * 2 + 1, mask=present, other=0.0, cache_modifier=".cg"
+                        )
+                        piece = tl.load(
+                            acc_ptr + part[:, None] * BLOCK_D + dims[None, :],
+                            mask=present[:, None], other=0.0, cache_modifier=".cg",
+                        )  # fmt: skip
+                        acc += piece * factor[:, None]
         if last:
             tl.store(out_ptr + target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     elif split == 0:
@@ -163,13 +185,14 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + target, zeros, mask=(rows < group)[:, None] & (dims < head_dim)[None, :])
 
 
-def choose_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> int:
-    """How many programs share a sequence's keys."""
+def choose_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> tuple[int, int]:
+    """(how many programs share a sequence's keys at most, how many keys one has at least)."""
     if device.type != "cuda" or num_seqs * num_kv_heads > _MAX_COUNTERS:
-        return 1
+        return 1, 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = -(-processors * _PROGRAMS_PER_PROCESSOR // (num_seqs * num_kv_heads))
-    return max(1, min(wanted, _MAX_SPLITS))
+    # long sequences are always shared out, or the GPU would wait for them
+    return (min(wanted, _MAX_SPLITS), 1) if wanted > 8 else (8, _LEAST_SHARE)
 
 
 def _zeroed_counters(device: torch.device) -> torch.Tensor:
@@ -202,7 +225,7 @@ def _launch(
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     if not num_seqs:
         return out
-    splits = splits or choose_splits(num_seqs, num_kv_heads, query.device)
+    splits, least_share = (splits, 1) if splits else choose_splits(num_seqs, num_kv_heads, query.device)
     group = num_heads // num_kv_heads
     block_g, block_d = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(head_dim))
     parts = num_seqs * num_kv_heads * splits * block_g if splits > 1 else 0
@@ -219,7 +242,7 @@ def _launch(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache.stride(1), kv_cache.stride(2), kv_cache.stride(3), batch.block_tables.stride(0),
         traits.scaling, traits.softcap or 1.0, traits.sliding_window or 0, group, head_dim, rotary_dim,
-        kv_cache.shape[2], query_eps, key_eps, splits,
+        kv_cache.shape[2], query_eps, key_eps, splits, least_share,
         QUERY_NORM=norms[0] is not None, QUERY_OFFSET=norms[0] is not None and norms[0].unit_offset,
         KEY_NORM=norms[1] is not None, KEY_OFFSET=norms[1] is not None and norms[1].unit_offset,
         ROTATE=rotation is not None, INTERLEAVED=rotation is not None and rotation.interleaved, STORE=store,
@@ -227,7 +250,8 @@ def _launch(
         ALIBI=alibi_slopes is not None, ALIBI_DTYPE=types[traits.alibi_dtype or torch.float32],
         # the interpreter can't multiply bfloat16 matrices
         UPCAST=not query.is_cuda and query.dtype == torch.bfloat16,
-        BLOCK_G=block_g, BLOCK_N=32 if block_d > 128 else _BLOCK_N, BLOCK_D=block_d, num_warps=4, num_stages=3,
+        BLOCK_G=block_g, BLOCK_N=32 if block_d > 128 else _BLOCK_N, BLOCK_D=block_d, MAX_SPLITS=_MAX_SPLITS,
+        num_warps=_WARPS, num_stages=_STAGES, **dependent_launch(query),
     )  # fmt: skip
     return out
 

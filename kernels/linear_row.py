@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from porter.kernels.act_and_mul import FUSED, act_and_mul_reference, activate
-from porter.kernels.backend import tl, triton, use_triton
+from porter.kernels.backend import dependent_launch, tl, triton, use_triton
 
 CASES: list[dict[str, Any]] = [
     {"in_features": 64, "out_features": 48, "bias": True, "hidden_act": None},
@@ -33,16 +33,28 @@ def linear_row_reference(
 def _linear_row_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, scale_ptr, out_ptr, out_features, in_features, stride_weight,
     BIAS: tl.constexpr, SCALE: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     live = rows < out_features
     weight_rows = weight_ptr + rows[:, None].to(tl.int64) * stride_weight
     second_rows = weight_rows + out_features.to(tl.int64) * stride_weight
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    second = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in tl.range(0, in_features, BLOCK_K, num_stages=STAGES):
+    # the first block of weights is on its way before x is ready
+    first = live[:, None] & (columns < in_features)[None, :]
+    w = tl.load(weight_rows + columns[None, :], mask=first, other=0.0, eviction_policy="evict_first")
+    if GATED:
+        u = tl.load(second_rows + columns[None, :], mask=first, other=0.0, eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + columns, mask=columns < in_features, other=0.0).to(tl.float32)
+    acc = w.to(tl.float32) * x[None, :]
+    second = acc
+    if GATED:
+        second = u.to(tl.float32) * x[None, :]
+    for start in tl.range(BLOCK_K, in_features, BLOCK_K, num_stages=STAGES):
         inside = start + columns < in_features
         both = live[:, None] & inside[None, :]
         # masked lanes hold 0 and add nothing; a weight is read once, so it should not push others out of the cache
@@ -93,6 +105,7 @@ def _launch(
         BIAS=bias is not None, SCALE=scale is not None, GATED=hidden_act is not None,
         ACT=0 if hidden_act is None else FUSED[hidden_act],
         BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
+        **dependent_launch(x),
     )  # fmt: skip
     return out
 

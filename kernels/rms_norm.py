@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from porter.kernels.backend import tl, triton, use_triton
+from porter.kernels.backend import dependent_launch, tl, triton, use_triton
 from porter.kernels.cpu_library import CpuFunction, cpu_function
 
 CASES: list[dict[str, Any]] = [
@@ -27,14 +27,18 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_o
 @triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, out_ptr, stride_x, stride_out, eps, hidden_size,
-    UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
     # masked lanes hold 0 and add nothing to the sum of squares
-    x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0)
     x32 = x.to(tl.float32)
     normed = x32 / tl.sqrt(tl.sum(x32 * x32, axis=0) / hidden_size + eps)
     y = normed * (1.0 + weight.to(tl.float32)) if UNIT_OFFSET else weight * normed.to(x.dtype)
@@ -44,13 +48,17 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, stride_x, stride_residual, eps, hidden_size,
-    UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
     # masked lanes hold 0 and add nothing to the sum of squares
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0)
     residual = tl.load(residual_ptr + row * stride_residual + columns, mask=inside, other=0.0)
     total = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -71,7 +79,7 @@ def _launch_add(
         block = triton.next_power_of_2(hidden_size)
         _add_rms_norm_kernel[(rows.shape[0],)](
             rows, residual, weight, total, out, rows.stride(0), residual.stride(0), eps, hidden_size,
-            UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=8 if block >= 4096 else 4,
+            UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=8 if block >= 4096 else 4, **dependent_launch(x),
         )  # fmt: skip
     return out, total
 
@@ -94,7 +102,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
             rows, weight, out, rows.stride(0), out.stride(0), eps, hidden_size,
-            UNIT_OFFSET=unit_offset, BLOCK=triton.next_power_of_2(hidden_size),
+            UNIT_OFFSET=unit_offset, BLOCK=triton.next_power_of_2(hidden_size), **dependent_launch(x),
         )  # fmt: skip
     return out.view(x.shape)
 

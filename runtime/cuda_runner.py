@@ -18,6 +18,9 @@ from porter.runtime.sampling_batch import PlainSampling
 from porter.runtime.step_input import StepInput, is_decode, unpack
 
 
+_MANY = 128  # a chunk of so many tokens is attended to in the largest tiles
+
+
 class CudaRunner(ModelRunner):
     """As ModelRunner, for one GPU without tensor parallelism.
 
@@ -33,11 +36,15 @@ class CudaRunner(ModelRunner):
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Run the largest prefill and the largest decode once: what they need shows in the free memory."""
+        """Run the largest prefill, and one step of each kind: what they need shows in the free memory, and kernels are
+        compiled before there are requests."""
         config = self.config
         num_tokens = min(config.max_num_batched_tokens, config.max_model_len)
         self.kv_caches = self.make_caches(1)
-        hidden = self.execute_hidden(dummy_step(num_tokens, config.block_size, config.device))
+        for query_lens in ([1], [1, 2], [1, _MANY]):
+            if sum(query_lens) <= num_tokens:
+                self.execute_hidden(dummy_step(query_lens, config.block_size, config.device))
+        hidden = self.execute_hidden(dummy_step([num_tokens], config.block_size, config.device))
         rows = hidden[:1].expand(min(config.max_num_seqs, num_tokens), -1)
         logits = materialize(self.model.compute_logits(rows))
         zeros = torch.zeros(len(rows), dtype=torch.int64, device=config.device)

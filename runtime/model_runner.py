@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +84,7 @@ class ModelRunner:
         """Run the largest step once, so that what it needs besides the cache shows in the free memory."""
         num_tokens = min(self.config.max_num_batched_tokens, self.config.max_model_len)
         self.kv_caches = self.make_caches(1)
-        self.execute_hidden(dummy_step(num_tokens, self.config.block_size, self.config.device))
+        self.execute_hidden(dummy_step([num_tokens], self.config.block_size, self.config.device))
         self.kv_caches = []
 
     def allocate(self, num_blocks: int) -> None:
@@ -193,11 +193,11 @@ def torch_defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def dummy_step(num_tokens: int, block_size: int, device: torch.device) -> StepInput:
-    """A step of one sequence whose tokens all go to block 0."""
-    table = [0] * -(-num_tokens // block_size)
-    metadata = AttentionMetadata.for_sequences([num_tokens], [num_tokens], [table], block_size, device)
-    positions = torch.arange(num_tokens, device=device)
+def dummy_step(query_lens: Sequence[int], block_size: int, device: torch.device) -> StepInput:
+    """A step of sequences that begin with it, whose tokens all go to block 0."""
+    tables = [[0] * -(-num_tokens // block_size) for num_tokens in query_lens]
+    metadata = AttentionMetadata.for_sequences(query_lens, query_lens, tables, block_size, device)
+    positions = torch.cat([torch.arange(num_tokens, device=device) for num_tokens in query_lens])
     return StepInput(torch.zeros_like(positions), positions, metadata, positions[-1:], 1)
 
 
