@@ -16,9 +16,6 @@ from porter.kernels.rotate_and_store import rotate_and_store_reference
 _PROGRAMS_PER_PROCESSOR = 4
 _MAX_SPLITS = 64
 _LEAST_SHARE = 512  # keys of a program where there are programs enough
-_BLOCK_N = 64
-_WARPS = 4
-_STAGES = 3
 _MAX_COUNTERS = 65536
 _counters: dict[torch.device, torch.Tensor] = {}
 
@@ -55,8 +52,9 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    sequence = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    # neighbouring programs read neighbouring heads: their pieces of a block lie in one page of the memory
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     context_len = tl.load(context_lens_ptr + sequence)
     begin = 0
@@ -132,11 +130,11 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
             total = total * shrink + tl.sum(weights, 1)
             acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
             highest = new_highest
-        target = (sequence * tl.num_programs(1) * group + heads)[:, None] * head_dim + dims[None, :]
+        target = (sequence * tl.num_programs(0) * group + heads)[:, None] * head_dim + dims[None, :]
         inside = live[:, None] & in_head[None, :]
         last = active <= 1
         if active > 1:
-            pair = sequence * tl.num_programs(1) + kv_head
+            pair = sequence * tl.num_programs(0) + kv_head
             part = (pair * splits + split) * BLOCK_G + rows
             tl.store(acc_ptr + part[:, None] * BLOCK_D + dims[None, :], acc, mask=live[:, None])
             tl.store(total_ptr + part * 2, highest)
@@ -180,7 +178,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         # a row without a sequence: its output is read by what follows, so it must be a number
         dims = tl.arange(0, BLOCK_D)
         rows = tl.arange(0, BLOCK_G)
-        target = (sequence * tl.num_programs(1) * group + kv_head * group + rows)[:, None] * head_dim + dims[None, :]
+        target = (sequence * tl.num_programs(0) * group + kv_head * group + rows)[:, None] * head_dim + dims[None, :]
         zeros = tl.zeros([BLOCK_G, BLOCK_D], tl.float32).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + target, zeros, mask=(rows < group)[:, None] & (dims < head_dim)[None, :])
 
@@ -193,6 +191,13 @@ def choose_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> tup
     wanted = -(-processors * _PROGRAMS_PER_PROCESSOR // (num_seqs * num_kv_heads))
     # long sequences are always shared out, or the GPU would wait for them
     return (min(wanted, _MAX_SPLITS), 1) if wanted > 8 else (8, _LEAST_SHARE)
+
+
+def _tile(splits: int, block_d: int) -> tuple[int, int]:
+    """(BLOCK_N, warps), measured on an H100: small batches wait for latency, large ones for bandwidth."""
+    if block_d > 128:
+        return 32, 4
+    return (64, 8) if splits > 8 else (128, 4)
 
 
 def _zeroed_counters(device: torch.device) -> torch.Tensor:
@@ -228,6 +233,7 @@ def _launch(
     splits, least_share = (splits, 1) if splits else choose_splits(num_seqs, num_kv_heads, query.device)
     group = num_heads // num_kv_heads
     block_g, block_d = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(head_dim))
+    block_n, warps = _tile(splits, block_d)
     parts = num_seqs * num_kv_heads * splits * block_g if splits > 1 else 0
     acc = torch.empty(parts, block_d, dtype=torch.float32, device=query.device)
     total = torch.empty(parts, 2, dtype=torch.float32, device=query.device)
@@ -235,7 +241,7 @@ def _launch(
     key_norm, key_eps = norm_arguments(norms[1])
     cos, sin, rotary_dim = rotation_arguments(rotation)
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    _decode_attention_kernel[(num_seqs, num_kv_heads, splits)](
+    _decode_attention_kernel[(num_kv_heads, num_seqs, splits)](
         query, key, value, kv_cache[0], kv_cache[1], out,
         sinks, alibi_slopes, query_norm, key_norm, cos, sin, positions, slot_mapping,
         batch.block_tables, batch.context_lens, acc, total, _zeroed_counters(query.device),
@@ -250,8 +256,8 @@ def _launch(
         ALIBI=alibi_slopes is not None, ALIBI_DTYPE=types[traits.alibi_dtype or torch.float32],
         # the interpreter can't multiply bfloat16 matrices
         UPCAST=not query.is_cuda and query.dtype == torch.bfloat16,
-        BLOCK_G=block_g, BLOCK_N=32 if block_d > 128 else _BLOCK_N, BLOCK_D=block_d, MAX_SPLITS=_MAX_SPLITS,
-        num_warps=_WARPS, num_stages=_STAGES, **dependent_launch(query),
+        BLOCK_G=block_g, BLOCK_N=block_n, BLOCK_D=block_d, MAX_SPLITS=_MAX_SPLITS,
+        num_warps=warps, num_stages=2, **dependent_launch(query),
     )  # fmt: skip
     return out
 

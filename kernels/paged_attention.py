@@ -239,10 +239,12 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
 
 def _tiles(rows: int, block_d: int) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, warps, stages), measured on an H100."""
-    block_m = 16 if rows <= 32 else 128  # few sizes: each is compiled
+    # few sizes: each is compiled
+    if rows <= 32:
+        return 16, 32 if block_d > 128 else 64, 4, 2
     if block_d > 128:
-        return min(block_m, 64), 32, 4, 2
-    return block_m, 64, 8 if block_m == 128 and block_d == 128 else 4, 3
+        return 64, 32, 4, 2
+    return (256, 64, 8, 3) if block_d == 128 else (128, 64, 8, 2)
 
 
 def _launch(

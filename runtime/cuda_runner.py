@@ -17,7 +17,6 @@ from porter.runtime.sampling import LogprobsTensors, SamplingMetadata
 from porter.runtime.sampling_batch import PlainSampling
 from porter.runtime.step_input import StepInput, is_decode, unpack
 
-
 _MANY = 128  # a chunk of so many tokens is attended to in the largest tiles
 
 
