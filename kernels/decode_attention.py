@@ -193,9 +193,9 @@ def choose_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> tup
     return (min(wanted, _MAX_SPLITS), 1) if wanted > 8 else (8, _LEAST_SHARE)
 
 
-def _tile(splits: int, block_d: int) -> tuple[int, int]:
+def _tile(splits: int, row_bytes: int) -> tuple[int, int]:
     """(BLOCK_N, warps), measured on an H100: small batches wait for latency, large ones for bandwidth."""
-    if block_d > 128:
+    if row_bytes > 256:
         return 32, 4
     return (64, 8) if splits > 8 else (128, 4)
 
@@ -233,7 +233,7 @@ def _launch(
     splits, least_share = (splits, 1) if splits else choose_splits(num_seqs, num_kv_heads, query.device)
     group = num_heads // num_kv_heads
     block_g, block_d = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(head_dim))
-    block_n, warps = _tile(splits, block_d)
+    block_n, warps = _tile(splits, block_d * kv_cache.element_size())
     parts = num_seqs * num_kv_heads * splits * block_g if splits > 1 else 0
     acc = torch.empty(parts, block_d, dtype=torch.float32, device=query.device)
     total = torch.empty(parts, 2, dtype=torch.float32, device=query.device)

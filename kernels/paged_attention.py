@@ -237,14 +237,14 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + out_offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _tiles(rows: int, block_d: int) -> tuple[int, int, int, int]:
+def _tiles(rows: int, row_bytes: int) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, warps, stages), measured on an H100."""
     # few sizes: each is compiled
+    if row_bytes > 256:
+        return 16 if rows <= 32 else 64, 32, 4, 2
     if rows <= 32:
-        return 16, 32 if block_d > 128 else 64, 4, 2
-    if block_d > 128:
-        return 64, 32, 4, 2
-    return (256, 64, 8, 3) if block_d == 128 else (128, 64, 8, 2)
+        return 16, 64, 4, 2
+    return (256, 64, 8, 3) if row_bytes == 256 else (128, 64, 8, 2)
 
 
 def _launch(
@@ -266,7 +266,7 @@ def _launch(
     if rows == 0 or num_seqs == 0:
         return out
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m, block_n, warps, stages = _tiles(rows, block_d)
+    block_m, block_n, warps, stages = _tiles(rows, block_d * query.element_size())
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     _paged_attention_kernel[(num_seqs, num_kv_heads, triton.cdiv(rows, block_m))](
         query, kv_cache[0], kv_cache[1], out, sinks, alibi_slopes,
