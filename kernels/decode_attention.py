@@ -15,7 +15,7 @@ from porter.kernels.rotate_and_store import rotate_and_store_reference
 # A program for each (sequence, KV head, split): so many fill a GPU
 _PROGRAMS_PER_PROCESSOR = 4
 _MAX_SPLITS = 64
-_LEAST_SHARE = 512  # keys of a program where there are programs enough
+_LEAST_SHARE = 2048  # keys of a program where there are programs enough
 _MAX_COUNTERS = 65536
 _counters: dict[torch.device, torch.Tensor] = {}
 
@@ -189,7 +189,7 @@ def choose_splits(num_seqs: int, num_kv_heads: int, device: torch.device) -> tup
         return 1, 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = -(-processors * _PROGRAMS_PER_PROCESSOR // (num_seqs * num_kv_heads))
-    # long sequences are always shared out, or the GPU would wait for them
+    # with programs enough, only a very long sequence is shared out: the GPU would wait for it
     return (min(wanted, _MAX_SPLITS), 1) if wanted > 8 else (8, _LEAST_SHARE)
 
 
