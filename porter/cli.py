@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from porter import __version__
+from porter.bench.cli import app as bench_app
 from porter.serve.cli import serve
 
 
@@ -59,6 +60,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Port Hugging Face modeling files to a paged-attention runtime, and prove the port.",
 )
+
+app.add_typer(bench_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that a person changed.")]

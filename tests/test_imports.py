@@ -15,6 +15,7 @@ LINKED = ("kernels", "runtime", "templates")
 RUNS_MODELS = (
     "porter.vllm.",
     "porter.analyze",
+    "porter.bench",
     "porter.cli",
     "porter.commands",
     "porter.registry",
@@ -104,7 +105,12 @@ def test_everything_imported_is_declared_as_a_dependency() -> None:
     listed = [*project["dependencies"], *serving]
     declared = {requirement.split(">")[0].split("=")[0].strip() for requirement in listed}
     declared |= {"pydantic", "starlette", "typing_extensions", "zmq"}  # fastapi brings three; pyzmq is imported as zmq
-    optional = {"accelerate", "gguf", "triton"}  # extras, or brought by torch; imported only where they are needed
+    optional = {
+        "accelerate",
+        "gguf",
+        "triton",
+        "vllm",
+    }  # extras, or brought by torch; imported only where they are needed
     elsewhere = {"vllm"}  # porter/vllm/worker.py runs in the environment of vLLM
     known = declared | optional | elsewhere | set(sys.stdlib_module_names) | {"porter"}
     used = {target.split(".")[0] for _, path in modules() for _, target in imports(path)}

@@ -1,0 +1,1 @@
+"""Measuring the engine, alone and against others on the same machine."""
