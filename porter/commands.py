@@ -288,11 +288,12 @@ def ledger(model: str, port: Path | None, json: bool) -> int:
     """`porter ledger`; returns the exit code."""
     from porter.verify.request import Request
     from porter.verify.select import select_port
-    from porter.weights import checkpoint_ledger
+    from porter.weights import checkpoint_ledger, outline
 
-    with select_port(Request(model=model, port=port)) as selected:
+    checkpoint = outline(model)
+    with select_port(Request(model=str(checkpoint.folder), port=port)) as selected:
         console.say(selected.note)
-        result = checkpoint_ledger(selected.port, model)
+        result = checkpoint_ledger(selected.port, checkpoint)
     if json:
         console.print_json(result.to_json())
     else:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,17 +76,53 @@ class Ledger:
         return {"complete": self.complete, "problems": list(self.problems), **asdict(self)}
 
 
-def checkpoint_ledger(port: Port, model: str, trust_remote_code: bool = False) -> Ledger:
-    """The ledger of a port and a checkpoint folder or hub repository."""
-    from porter.runtime.checkpoint import load_config, resolve_model
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint without its weights: a folder with its config, and its tensors as their files' headers name them."""
+
+    folder: Path
+    headers: tuple[Header, ...]
+
+
+def outline(model: str) -> Outline:
+    """Of a checkpoint folder, or of a hub repository, from which only headers and JSON files are fetched.
+
+    A repository that can't be reached is taken from the local cache. CheckpointError if it isn't there either.
+    """
+    from porter.runtime.checkpoint import resolve_model
+
+    if Path(model).expanduser().is_dir():
+        folder = resolve_model(model)
+        return Outline(folder, tuple(read_headers(folder)))
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        files = get_safetensors_metadata(model).files_metadata.values()
+        folder = Path(snapshot_download(model, allow_patterns="*.json"))
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{model} has no safetensors files", "convert its weights to safetensors") from error
+    except Exception:  # whatever the network gives: what is in the local cache decides, or the error of not having it
+        folder = resolve_model(model)
+        return Outline(folder, tuple(read_headers(folder)))
+    tensors = [(name, info) for file in files for name, info in sorted(file.tensors.items())]
+    return Outline(folder, tuple(Header(name, info.dtype, tuple(info.shape)) for name, info in tensors))
+
+
+def checkpoint_ledger(port: Port, checkpoint: Outline, trust_remote_code: bool = False) -> Ledger:
+    """The ledger of a port and a checkpoint."""
+    from porter.runtime.checkpoint import load_config
     from porter.runtime.model_registry import load_port
 
-    folder = resolve_model(model)
-    return make_ledger(load_port(port.path), load_config(folder, trust_remote_code), folder)
+    config = load_config(checkpoint.folder, trust_remote_code)
+    return make_ledger(load_port(port.path), config, checkpoint.folder, checkpoint.headers)
 
 
-def make_ledger(port: Any, config: Any, folder: Path) -> Ledger:
-    """The ledger of a port class, built on the meta device with `config`, and the checkpoint in `folder`."""
+def make_ledger(port: Any, config: Any, folder: Path, headers: Iterable[Header] | None = None) -> Ledger:
+    """The ledger of a port class, built on the meta device with `config`, and the checkpoint in `folder`.
+
+    `headers` are its tensors, read from the files there if not given.
+    """
     from porter.runtime.errors import WeightError
     from porter.runtime.loader import Filled
     from porter.runtime.resolution import ParameterIndex, Target, resolve
@@ -94,7 +130,7 @@ def make_ledger(port: Any, config: Any, folder: Path) -> Ledger:
     model, rules = _skeleton(port, config), port.weight_rules
     index = ParameterIndex.from_model(model)
     filled, lines = Filled(index), []
-    for header in read_headers(folder):
+    for header in headers or read_headers(folder):
         outcome = resolve(header.name, header.shape, rules, index)
         line = _line(header, outcome)
         if isinstance(outcome, Target):

@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from porter.errors import CheckpointError
 from porter.runtime.checkpoint import load_config
 from porter.runtime.model_registry import load_port
 from porter.verify.tiny import shrink, tiny_config, write_checkpoint
-from porter.weights import Ledger, make_ledger, read_headers
+from porter.weights import Ledger, checkpoint_hashes, make_ledger, outline, read_headers
 
 PORT = Path(__file__).parent / "models" / "handwritten_llama.py"
 Weights = dict[str, torch.Tensor]
@@ -138,3 +139,50 @@ def test_a_config_that_lacks_a_field_is_one_line(checkpoint: Path, tmp_path: Pat
     result = CliRunner().invoke(app, ["ledger", "--model", str(checkpoint), "--port", str(port)])
     assert result.exit_code == 2
     assert "config.no_such_field, which this llama config lacks" in result.stderr
+
+
+def test_a_hub_repository_needs_no_more_than_its_headers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: dict[str, object] = {}
+
+    def snapshot(name: str, allow_patterns: object) -> str:
+        asked[name] = allow_patterns
+        return str(checkpoint)
+
+    tensors = {h.name: SimpleNamespace(dtype=h.dtype, shape=list(h.shape)) for h in read_headers(checkpoint)}
+    files = {"model.safetensors": SimpleNamespace(tensors=tensors)}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name: SimpleNamespace(files_metadata=files))
+    found = outline("org/model")
+    assert found.headers == tuple(read_headers(checkpoint))
+    assert (found.folder, asked) == (checkpoint, {"org/model": "*.json"})
+
+
+def test_hashes_tell_checkpoints_apart_without_reading_weights(changed: Changed, checkpoint: Path) -> None:
+    before = checkpoint_hashes(checkpoint)
+    after = checkpoint_hashes(changed(lambda weights: weights.update(stray=torch.zeros(3))))
+    assert before["config"] == after["config"]
+    assert before["checkpoint headers"] != after["checkpoint headers"]
+
+
+def test_a_port_refuses_a_config_that_it_is_not_for(checkpoint: Path, tmp_path: Path) -> None:
+    port = tmp_path / "port.py"
+    text = PORT.read_text()
+    assert "    weight_rules = " in text
+    port.write_text(text.replace("    weight_rules = ", "    requires = {'mlp_bias': True}\n    weight_rules = "))
+    result = CliRunner().invoke(app, ["ledger", "--model", str(checkpoint), "--port", str(port)])
+    assert (result.exit_code, result.stderr.count("error:")) == (2, 1)
+    assert "is for configs with mlp_bias = True, this one has False" in result.stderr
+
+
+def test_a_check_of_the_ports_own_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    port = tmp_path / "port.py"
+    text = PORT.read_text()
+    place = "        self.config = config\n"
+    assert place in text
+    guard = "        if config.hidden_size:\n            raise ValueError('no hidden size will do')\n"
+    port.write_text(text.replace(place, place + guard))
+    result = CliRunner().invoke(app, ["ledger", "--model", str(checkpoint), "--port", str(port)])
+    assert result.exit_code == 2
+    assert "refuses this config: no hidden size will do" in result.stderr

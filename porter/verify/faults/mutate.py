@@ -1,5 +1,6 @@
 """Puts one fault into the text of a port: an edit of the syntax tree at one place, everything else kept."""
 
+import ast
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,12 +52,17 @@ def sites(text: str, edit: Edit, helper: str = "") -> Iterator[Site]:
     port, source = _read(text), text.encode()
     for node, place, (start, end) in port.expressions:
         changed = edit(node, place)
-        if changed is not None and changed.encode() != source[start:end]:
+        if changed is not None and not _same(changed, source[start:end].decode()):
             before, between = source[: port.first_class].decode(), source[port.first_class : start].decode()
             inserted = f"{helper}\n\n" if helper else ""
             faulty = f"{before}{inserted}{between}({changed}){source[end:].decode()}"
             built = place.method == "__init__" and place.attribute.isidentifier()
             yield Site(faulty, place.owner, place.attribute if built else layer_of(node, place)[0], built)
+
+
+def _same(left: str, right: str) -> bool:
+    """Whether two expressions are one but for layout."""
+    return ast.dump(ast.parse(f"({left})")) == ast.dump(ast.parse(f"({right})"))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from porter.runtime.model_registry import load_port
 from porter.verify.faults import attention, layers, loading, rounding
 from porter.verify.faults.fault import Fault
 from porter.verify.faults.mutate import Site
+from porter.verify.reference import quiet_transformers
 from porter.verify.request import Request
 from porter.verify.result import Case, Check
 from porter.verify.run import few_threads, random_subject, run_case, variant_checks
@@ -120,6 +121,7 @@ def _quick_checks(subject: Subject) -> Iterator[tuple[str, Callable[[], Check]]]
 def run(models: tuple[str, ...], faults: tuple[Fault, ...], told: Told) -> tuple[list[Trial], list[RightPort]]:
     """Every fault in up to PORTS_PER_FAULT of the ports that have a place for it, and every port without a fault."""
     trials, right = [], []
+    quiet_transformers()
     with few_threads(True), ExitStack() as stack:
         labs = [_lab(model, Path(stack.enter_context(tempfile.TemporaryDirectory()))) for model in models]
         for lab in labs:
