@@ -117,3 +117,8 @@ def test_what_the_config_chooses_stays_a_choice_of_the_port(
 ) -> None:
     ledger = ledger_of(model_type, folder / "-".join(fields), **fields)
     assert ledger.problems == ()
+
+
+def test_a_port_says_what_its_config_must_be() -> None:
+    assert 'requires = {"add_cross_attention": False}' in converted("gpt2").code
+    assert "requires" not in converted("llama").code

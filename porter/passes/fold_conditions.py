@@ -59,6 +59,16 @@ _UNCHANGED = _BEFORE.replace(
         return self.embed(input_ids) * self.scale
 """,
 )
+_GUARD = _UNCHANGED.replace(
+    """\
+        self.scale = config.scale if config.scale_embeddings else 1.0
+""",
+    """\
+        if config.scale <= 0:
+            raise ValueError(f"scale is {config.scale}")
+        self.scale = config.scale
+""",
+)
 
 
 class FoldConditions(Pass):
@@ -70,7 +80,10 @@ class FoldConditions(Pass):
     stage = Stage.STRIP
     reason = "the condition is settled at inference"
     EXAMPLES = (Example(_BEFORE, _AFTER),)
-    UNCHANGED = (Unchanged(_UNCHANGED, "the config decides, so the port has to ask it too"),)
+    UNCHANGED = (
+        Unchanged(_UNCHANGED, "the config decides, so the port has to ask it too"),
+        Unchanged(_GUARD, "the original refuses such a config, and so does the port"),
+    )
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}
