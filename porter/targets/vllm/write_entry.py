@@ -10,6 +10,7 @@ from porter.passes import edit
 from porter.passes.base import Example
 from porter.spec import ModelSpec
 from porter.targets.base import TargetPass
+from porter.targets.vllm.split_stages import MAKER
 from porter.targets.vllm.weight_map import class_lines
 
 _EMBEDS = "inputs_embeds"
@@ -116,7 +117,9 @@ class WriteEntry(TargetPass):
         if inner is not None:
             edits[inner.node] = _compiled
         edits[entry.node] = lambda updated: _entry(updated, spec, str(embedding))
-        imports = {m: n for m, n in _IMPORTS.items() if inner is not None or m != "vllm.compilation.decorators"}
+        supports = ["SupportsLoRA", "SupportsPP"] if MAKER in tree.code else ["SupportsLoRA"]
+        imports = {**_IMPORTS, "vllm.model_executor.models.interfaces": supports}
+        imports = {m: n for m, n in imports.items() if inner is not None or m != "vllm.compilation.decorators"}
         return edit.add_imports(edit.rewrite(tree, edits), imports)
 
 
@@ -221,10 +224,12 @@ def _entry(node: cst.ClassDef, spec: ModelSpec, embedding: str) -> cst.ClassDef:
         "\ndef load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:\n"
         f"    return load_weights({_loading(spec)})\n"
     )
-    base = cst.Arg(cst.Name("SupportsLoRA"))
+    names = ["SupportsLoRA", *(["SupportsPP"] if MAKER in edit.code(node) else [])]
     body = [_spaced(s) if isinstance(s, cst.FunctionDef) else s for s in body]
     bases = [b.with_changes(comma=cst.MaybeSentinel.DEFAULT) for b in node.bases]
-    return node.with_changes(bases=[*bases, base], body=node.body.with_changes(body=body))
+    return node.with_changes(
+        bases=[*bases, *(cst.Arg(cst.Name(name)) for name in names)], body=node.body.with_changes(body=body)
+    )
 
 
 def _spaced(function: cst.FunctionDef) -> cst.FunctionDef:
