@@ -98,12 +98,19 @@ intermediate_tensors: IntermediateTensors | None = None, inputs_embeds: torch.Te
 """
 
 
+def _staged(text: str) -> str:
+    """An example whose layers are dealt to pipeline stages."""
+    line = "        self.model = OakModel(config, vllm_config=vllm_config, prefix=prefix)\n"
+    made = line + "        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors\n"
+    return text.replace(line, made).replace("SupportsLoRA", "SupportsLoRA, SupportsPP")
+
+
 class WriteEntry(TargetPass):
     """vLLM asks every model for its embeddings, its logits and the loading of its weights."""
 
     reason = "this is the interface of vLLM's models"
     SPEC = ModelSpec("OakForCausalLM", embedding="model.embed_tokens", weights=Rules())
-    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_staged(_BEFORE), _staged(_AFTER)))
 
     def apply(self, tree: cst.Module, spec: ModelSpec) -> cst.Module:
         program = Program.read(tree)
