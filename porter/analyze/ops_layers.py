@@ -22,17 +22,20 @@ def layer_weight(base: Layer, name: str) -> Tensor:
 
 def as_linear(result: Value, source: Value, shell: Layer) -> Value:
     """A subclass of nn.Linear that computes `x @ weight.T (+ bias)` itself is that linear."""
+    if not is_linear(result, shell, source) or not isinstance(result, Tensor):
+        return result
+    return build("linear", (source, shell), result.shape, result.node, layer=shell, sizes_only=False)
+
+
+def is_linear(result: Value, shell: Layer, source: Value | None = None) -> bool:
+    """Whether a subclass of nn.Linear returned its product, of `source` if that is given, and nothing more."""
+    if result.op == "linear":
+        return result.attrs.get("layer") is shell
     inner = result.args[0] if result.op == "add" and result.args[1].op == "layer_weight" else result
-    if (
-        inner.op == "matmul"
-        and inner.args[0] is source
-        and inner.args[1].op == "permute"
-        and isinstance(result, Tensor)
-    ):
-        weight = inner.args[1].args[0]
-        if weight.op == "layer_weight" and weight.args[0] is shell:
-            return build("linear", (source, shell), result.shape, result.node, layer=shell, sizes_only=False)
-    return result
+    if inner.op != "matmul" or inner.args[1].op != "permute" or (source is not None and inner.args[0] is not source):
+        return False
+    weight = inner.args[1].args[0]
+    return weight.op == "layer_weight" and weight.args[0] is shell
 
 
 def layer(run: Run, target: Layer, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:

@@ -8,6 +8,7 @@ import libcst as cst
 
 from porter.analyze.facts import Facts, World
 from porter.analyze.flows import ELEMENTWISE, RESHAPES, Flows, all_uses_are, behind, layer_of
+from porter.analyze.ops_layers import is_linear
 from porter.analyze.program import full_name
 from porter.analyze.values import Instance, Layer, Scalar, Tensor, Value
 from porter.passes import edit
@@ -214,15 +215,15 @@ def _create(
 
 
 def _has_own_forward(facts: Facts, value: object) -> bool:
-    """An embedding subclass that computes more than the lookup stays a class of the port."""
+    """A subclass that computes more than the lookup or the product stays a class of the port."""
     layer = _made(value)
-    return (
-        isinstance(value, Instance)
-        and value.cls is not None
-        and layer is not None
-        and layer.kind == "embedding"
-        and facts.program.method(value.cls, "forward") is not None
-    )
+    if not isinstance(value, Instance) or value.cls is None or layer is None:
+        return False
+    forward = facts.program.method(value.cls, "forward")
+    if forward is None or layer.kind == "embedding":
+        return forward is not None
+    results = [r.result for r in facts.calls_of(forward.node) if r.receiver is value]
+    return not any(r is not None and is_linear(r, layer) for r in results)
 
 
 def _subclasses(facts: Facts, imports: dict[str, set[str]]) -> dict[cst.CSTNode, edit.Edit]:
