@@ -101,6 +101,7 @@ class Calls(Lookups):
         self.depth += 1
         owner = info.owner
         frame["<owner>"] = Value(attrs={"owner": owner})
+        frame["<function>"] = function
         try:
             self.block(info.node.body)
             result: Value = const(None)

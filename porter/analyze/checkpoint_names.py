@@ -27,7 +27,13 @@ def renames(source: Source, after: Facts, packed: Mapping[str, Iterable[str]]) -
     transforms = mappings.get(after.entry.name) or mappings.get(source.model_type) or []
     pairs = [_pair(call) for call in transforms if full_name(call.func) == "WeightRenaming"]
     paths = _port_paths(after, packed)
-    return {old: new for old, new in filter(None, pairs) if _within(new, paths) and not _within(old, paths)}
+    return {old: new for old, new in filter(None, pairs) if _applies(old, new, paths)}
+
+
+def _applies(old: str, new: str, paths: set[str]) -> bool:
+    """Whether a port has what is renamed under its new name only."""
+    others = [path for path in paths if not _within(new, [path])]
+    return len(others) < len(paths) and not _within(old, others)
 
 
 def _port_paths(after: Facts, packed: Mapping[str, Iterable[str]]) -> set[str]:

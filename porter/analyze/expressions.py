@@ -12,6 +12,7 @@ from porter.analyze import indexing, library, ops, scalars
 from porter.analyze.calls import Calls
 from porter.analyze.program import FunctionInfo
 from porter.analyze.run import Infeasible
+from porter.analyze.run import Infeasible
 from porter.analyze.values import (
     External,
     Function,
@@ -167,6 +168,8 @@ class Expressions(Calls):
         return self.binary(type(node.operator).__name__, self.eval(node.left), self.eval(node.right), node)
 
     def binary(self, operator: str, left: Value, right: Value, node: cst.CSTNode) -> Value:
+        if "unbound" in (left.op, right.op):
+            raise Infeasible  # as Python does
         name = _BINARY.get(operator, operator.lower())
         if isinstance(left, Sequence) and isinstance(right, Sequence) and name == "add":
             return Sequence(

@@ -38,7 +38,13 @@ class Lookups(Conditions):
         self.world.names.add(name)
         if name not in self.globals:
             self.globals[name] = self._global(name)
+        if self.globals[name].op == "unknown" and name in self._local_names():
+            return Value(op="unbound", attrs={"why": f"{name} is not set on this path"})
         return self.globals[name]
+
+    def _local_names(self) -> frozenset[str]:
+        function = self.env.get("<function>")
+        return function.info.local_names if isinstance(function, Function) and function.info else frozenset()
 
     def _global(self, name: str) -> Value:
         program = self.program

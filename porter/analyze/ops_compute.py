@@ -6,7 +6,7 @@ from typing import Any
 
 from porter.analyze import scalars
 from porter.analyze.indexing import sequence_item
-from porter.analyze.poly import Poly, product
+from porter.analyze.poly import HITS, Poly, product
 from porter.analyze.transfer import Call, axis, broadcast, build, rule, shape_of, shape_value
 from porter.analyze.values import ONE, Mask, Repeated, Scalar, Sequence, Shape, Tensor, Value, const, is_none
 
@@ -161,7 +161,7 @@ def _pairwise(call: Call) -> Any:
 @rule("where")
 def _where(call: Call) -> Any:
     if len(call.args) == 1:
-        size = Poly.symbol("<hits>")
+        size = Poly.symbol(HITS)
         rank = len(call.shape or (ONE,))
         items = tuple(build("where_index", tuple(call.args), (size,), call.node, axis=i) for i in range(rank))
         return Sequence(op="tuple", args=items, items=items)
@@ -304,7 +304,7 @@ def _one_hot(call: Call) -> Any:
 
 @rule("nonzero")
 def _nonzero(call: Call) -> Any:
-    return (Poly.symbol("<hits>"), Poly.const(len(call.shape or ())))
+    return (Poly.symbol(HITS), Poly.const(len(call.shape or ())))
 
 
 @rule("bincount")

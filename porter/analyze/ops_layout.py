@@ -230,3 +230,13 @@ def _stack(call: Call) -> Any:
         return None
     place = number % (len(shape) + 1)
     return (*shape[:place], Poly.const(len(parts.items)), *shape[place:])
+
+
+@rule("view_as_complex")
+def _view_as_complex(call: Call) -> Any:
+    return call.shape[:-1] if call.shape else None
+
+
+@rule("view_as_real")
+def _view_as_real(call: Call) -> Any:
+    return (*call.shape, Poly.const(2)) if call.shape is not None else None

@@ -10,6 +10,7 @@ Monomial = tuple[tuple[str, int], ...]
 
 BATCH = "<batch>"
 SEQ = "<seq>"
+HITS = "<hits>"  # how many elements of a tensor meet a condition
 TOKENS = frozenset({BATCH, SEQ})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import libcst as cst
 from libcst.helpers import get_full_name_for_node
@@ -20,6 +21,11 @@ class FunctionInfo:
     @property
     def decorators(self) -> tuple[str, ...]:
         return tuple(name for d in self.node.decorators if (name := full_name(_undecorated(d.decorator))))
+
+    @cached_property
+    def local_names(self) -> frozenset[str]:
+        """The names that its statements assign."""
+        return frozenset(_assigned_names(self.node.body))
 
 
 @dataclass(eq=False)
@@ -126,6 +132,22 @@ def _read_class(node: cst.ClassDef) -> ClassInfo:
             else:
                 info.constants.update(_assigned(statement))
     return info
+
+
+def _assigned_names(node: cst.CSTNode) -> Iterator[str]:
+    target = getattr(node, "target", None)
+    if isinstance(target, cst.BaseExpression):
+        yield from _plain_names(target)
+    for child in node.children:
+        yield from _assigned_names(child)
+
+
+def _plain_names(target: cst.BaseExpression) -> Iterator[str]:
+    if isinstance(target, cst.Name):
+        yield target.value
+    elif isinstance(target, cst.Tuple | cst.List):
+        for element in target.elements:
+            yield from _plain_names(element.value)
 
 
 def _assigned(statement: cst.CSTNode) -> dict[str, cst.BaseExpression]:

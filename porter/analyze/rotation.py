@@ -52,7 +52,9 @@ def turns(value: Value) -> bool:
 
 
 def depends_on_positions(value: Value) -> bool:
-    return any(v.op in ("cos", "sin") and isinstance(v, Tensor) and v.sizes_only for v in value.walk(PROJECTED))
+    return any(
+        v.op in ("cos", "sin", "polar") and isinstance(v, Tensor) and v.sizes_only for v in value.walk(PROJECTED)
+    )
 
 
 def _before_rotation(value: Tensor, point: Point) -> Tensor | None:
@@ -60,7 +62,7 @@ def _before_rotation(value: Tensor, point: Point) -> Tensor | None:
     for candidate in value.walk(PROJECTED):
         if not isinstance(candidate, Tensor) or candidate.sizes_only or candidate.shape is None:
             continue
-        if depends_on_positions(candidate):
+        if depends_on_positions(candidate) or candidate.op == "view_as_complex":
             continue
         try:
             e = Evaluator(point)

@@ -9,6 +9,7 @@ import libcst as cst
 
 from porter.analyze import indexing, scalars, transfer
 from porter.analyze.expressions import Expressions
+from porter.analyze.poly import HITS
 from porter.analyze.program import FunctionInfo, import_names
 from porter.analyze.run import Infeasible, Returned
 from porter.analyze.values import (
@@ -35,6 +36,13 @@ class _LoopExit(Exception):
 def always_raises(body: cst.BaseSuite) -> bool:
     last = body.body[-1] if body.body else None
     return isinstance(last, cst.SimpleStatementLine) and any(isinstance(s, cst.Raise) for s in last.body)
+
+
+def _depends_on_data(value: Value) -> bool:
+    """Whether a test is of a tensor, or of how many hits there were in one."""
+    return isinstance(value, Tensor) or any(
+        isinstance(v, Scalar) and v.size is not None and HITS in v.size.symbols for v in value.walk()
+    )
 
 
 class Statements(Expressions):
@@ -135,7 +143,7 @@ class Statements(Expressions):
         """`if <data>: continue` in a loop over experts or tokens: the body without the skip is what is analysed."""
         only = node.body.body[0] if len(node.body.body) == 1 else None
         skip = isinstance(only, cst.SimpleStatementLine) and isinstance(only.body[0], cst.Continue)
-        return skip and node.orelse is None and isinstance(self.quiet(node.test), Tensor)
+        return skip and node.orelse is None and _depends_on_data(self.quiet(node.test))
 
     def _guard(self, node: cst.If) -> None:
         """`if bad: raise`: only a condition known to hold stops the path; an open one is the file's own check."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -10,7 +11,7 @@ from porter.analyze.attention import find_cores
 from porter.analyze.core import Core, NotUnderstood, layout_chain
 from porter.analyze.facts import Facts, World, line_of
 from porter.analyze.rotation import turns
-from porter.analyze.values import Instance, Tensor
+from porter.analyze.values import Instance, Sequence, Tensor, Value
 from porter.errors import Refusal
 from porter.passes import edit
 
@@ -89,9 +90,7 @@ def _place(facts: Facts, world: World, core: Core) -> Found:
     for function, (node, merges) in functions.items():
         inside = {n: i for i, n in enumerate(edit.walk(function.body))}
         picked = [_source_node(world, c, inside) for c in chains]
-        owner = next(
-            (c.receiver for c in world.calls if c.function.node is function and isinstance(c.receiver, Instance)), None
-        )
+        owner = _owner(world, core, function)
         if all(p is not None for p in picked) and owner is not None:
             known = [p for p in picked if p is not None]
             return Found(world, core, function, owner, node, [n for n, _ in known], [v for _, v in known], merges)
@@ -103,6 +102,19 @@ def _place(facts: Facts, world: World, core: Core) -> Found:
         "bring them into one forward",
         "P202",
     )
+
+
+def _owner(world: World, core: Core, function: cst.FunctionDef) -> Instance | None:
+    """The object whose call of the function computed this attention: the first that returns what comes of it."""
+    records = [c for c in world.calls if c.function.node is function and isinstance(c.receiver, Instance)]
+    if len({id(c.receiver) for c in records}) > 1:
+        records = [c for c in records if c.result is not None and any(v is core.output for v in _walk(c.result))]
+    return records[0].receiver if records and isinstance(records[0].receiver, Instance) else None
+
+
+def _walk(result: Value) -> Iterator[Value]:
+    for item in result.items if isinstance(result, Sequence) else (result,):
+        yield from item.walk()
 
 
 def _down_to(value: Tensor, source: Tensor) -> list[Tensor]:

@@ -217,7 +217,7 @@ class _Liveness:
             return any(self._is_read(_attribute_name(name)) for name in self.facts.values(value.args[1].value))
         if isinstance(value.func, cst.Attribute):
             name, receiver = value.func.attr.value, edit.names_read(value.func.value)
-            if name == "register_buffer" and value.args:
+            if name in ("register_buffer", "register_parameter") and value.args:
                 return self._is_read(edit.code(value.args[0].value).strip("\"'"))
             if name.endswith("_") and not name.startswith("_"):
                 return bool(receiver & live) or ("self" in receiver and self._attribute_live(value.func.value))

@@ -122,6 +122,9 @@ TOKENWISE = ELEMENTWISE | frozenset(
         "fill",
         "zero",
         "shard",
+        "polar",
+        "view_as_complex",
+        "view_as_real",
     }
 )
 _BEFORE = """\

@@ -508,3 +508,20 @@ def test_the_left_side_of_the_scores_are_the_queries_whatever_their_name() -> No
 
 def _projection(value: Value) -> str:
     return next(str(v.attrs["layer"].path) for v in value.walk() if v.op == "linear")
+
+
+COMPLEX = """
+def turned(x, angles):
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(3)
+"""
+
+
+def test_a_rotation_by_complex_numbers_is_of_pairs() -> None:
+    turn = """
+        angles = angles[None, None]
+        query, key = turned(query, angles), turned(key, angles)
+"""
+    core = only(file(helpers=COMPLEX, between=ANGLES.format(dim="self.head_dim") + turn))
+    assert core.rotation is not None
+    assert (core.rotation.interleaved, core.rotation.full) == (True, True)
