@@ -12,7 +12,6 @@ from porter.analyze import indexing, library, ops, scalars
 from porter.analyze.calls import Calls
 from porter.analyze.program import FunctionInfo
 from porter.analyze.run import Infeasible
-from porter.analyze.run import Infeasible
 from porter.analyze.values import (
     External,
     Function,
