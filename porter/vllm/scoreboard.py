@@ -34,7 +34,8 @@ and run as a plugin by an installed vLLM on the CPU, in float32, eagerly, on a t
 class: mean KL divergence of the next token at every prompt position against transformers (eager attention, no cache),
 and how many of 64 greedy tokens are the original's best, with one rank and, where asked for, with two. `vLLM alone` is
 what the same vLLM makes of the same checkpoint without the plugin, where that was tried: "right" means the same two
-measures.
+measures. Rows with the note "a" are from a run of an earlier commit, which measured the largest difference of any
+log-probability of the prompts (all of the vocabulary), and 32 greedy tokens that are all the original's own.
 """
 
 
@@ -50,6 +51,7 @@ class Row:
     tp2: str = ""
     alone: str = ""
     reason: str = ""
+    note: str = ""
 
 
 def main(
@@ -143,10 +145,11 @@ def _row(name: str, port: Port, trial: Trial, answers: Mapping[str, Answer], by_
 def markdown(rows: Iterable[Row], versions: Mapping[str, str]) -> str:
     """The text of docs/scoreboard_vllm.md."""
     rows = list(rows)
-    head = ["source", "architecture", "state", "log-probabilities", "greedy", "tp 2 greedy", "vLLM alone"]
+    head = ["source", "architecture", "state", "log-probabilities", "greedy", "tp 2 greedy", "vLLM alone", "note"]
     state = {True: "right", False: "-"}
     cells = [
-        [r.name, r.architecture, state[r.verified], r.kl, r.greedy, r.tp2, r.alone.partition(";")[0]] for r in rows
+        [r.name, r.architecture, state[r.verified], r.kl, r.greedy, r.tp2, r.alone.partition(";")[0], r.note]
+        for r in rows
     ]
     table = [" | ".join(each).replace("\n", " ") for each in [head, ["---"] * len(head), *cells]]
     right, both = [r for r in rows if r.verified], [r for r in rows if r.verified and r.tp2]
