@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from porter.passes.base import Pass
     from porter.runtime.engine import LLM
     from porter.runtime.sampling import SamplingParams
+    from porter.targets.base import TargetPass
     from porter.verify.request import Request
 
 
@@ -264,18 +265,21 @@ def sweep(given: list[str], out: Path, jobs: int, resume: bool, json: bool) -> i
 
 def explain(name: str | None) -> None:
     """`porter explain`."""
+    from porter.emit import target_settings
     from porter.passes.base import discover
     from porter.refusals import KINDS
+    from porter.targets.base import passes_of, stage_of
 
     if name and name.upper() in KINDS:
         kind = KINDS[name.upper()]
         console.result(f"{kind.code}: {kind.title}\n\n{kind.why}\n\nWhat to do: {kind.remedy}.")
         return
 
-    passes = {_pass_name(each): each for each in discover()}
+    known: list[Pass | TargetPass] = [*discover(), *passes_of("vllm", target_settings("vllm")["passes"])]
+    passes = {_pass_name(each): each for each in known}
     wanted = name.replace("_", "-") if name else None
     if wanted is None:
-        rows = [(each.stage.name, known, _purpose(each).splitlines()[0]) for known, each in passes.items()]
+        rows = [(stage_of(each), title, _purpose(each).splitlines()[0]) for title, each in passes.items()]
         console.table("", ("stage", "pass", "what it does"), rows)
         console.table("", ("code", "refusal"), [(kind.code, kind.title) for kind in KINDS.values()])
     elif wanted not in passes:
@@ -339,19 +343,20 @@ def _lines() -> Iterator[str]:
         yield line
 
 
-def _pass_name(each: "Pass") -> str:
+def _pass_name(each: "Pass | TargetPass") -> str:
     return each.name.replace("_", "-")
 
 
-def _purpose(each: "Pass") -> str:
+def _purpose(each: "Pass | TargetPass") -> str:
     doc = type(each).__doc__ or sys.modules[type(each).__module__].__doc__ or each.reason
     return inspect.cleandoc(doc)
 
 
-def _print_pass(name: str, each: "Pass") -> None:
+def _print_pass(name: str, each: "Pass | TargetPass") -> None:
     from porter.diffing import text_diff
+    from porter.targets.base import stage_of
 
-    console.result(f"{name} ({each.stage.name})\n\n{_purpose(each)}\n")
+    console.result(f"{name} ({stage_of(each)})\n\n{_purpose(each)}\n")
     for example in each.EXAMPLES:
         console.diff([*text_diff(example.before, example.after, "before", "after"), ""])
     for same in each.UNCHANGED:

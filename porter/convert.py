@@ -28,7 +28,7 @@ from porter.passes.base import Pass, Stage, discover
 from porter.passes.edit import params_of
 from porter.source import Source
 from porter.spec import ModelSpec, describe
-from porter.targets.base import TargetPass, passes_of
+from porter.targets.base import TargetPass, passes_of, stage_of
 from porter.targets.package import package
 
 ROUNDS = 24
@@ -233,17 +233,13 @@ class _Work:
             lines += [kept.get(line.strip(), at) for line in after[c:d]]
             old, new = "\n".join(before[a:b]).strip(), "\n".join(after[c:d]).strip()
             if old != new:
-                self.edits.append(Edit(_stage(each), each.name, at, old, new, each.reason))
+                self.edits.append(Edit(stage_of(each), each.name, at, old, new, each.reason))
         self.lines = lines or [1]
 
     def located(self, refusal: Refusal) -> Refusal:
         """A refusal with the source's name and line."""
         line = self.lines[min(refusal.line, len(self.lines)) - 1] if refusal.line else 1
         return Refusal(self.source.name, line, refusal.what, refusal.why, refusal.remedy, refusal.code)
-
-
-def _stage(each: Pass | TargetPass) -> str:
-    return each.stage.name if isinstance(each, Pass) else "TARGET"
 
 
 def _source_lines(before: str, after: str) -> list[int]:

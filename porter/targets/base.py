@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import libcst as cst
 
-from porter.passes.base import Example, Unchanged
+from porter.passes.base import Example, Pass, Unchanged
 from porter.spec import ModelSpec
 
 
@@ -33,6 +33,11 @@ class TargetPass(ABC):
         Raises:
             Refusal: the target has no layer that computes this.
         """
+
+
+def stage_of(each: Pass | TargetPass) -> str:
+    """The name of the stage that a pass runs in; those of a target come after all others."""
+    return each.stage.name if isinstance(each, Pass) else "TARGET"
 
 
 def passes_of(target: str, names: Sequence[str]) -> list[TargetPass]:
