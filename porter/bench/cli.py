@@ -116,3 +116,42 @@ def profile(
     engine = commands.engine(work, batch, 8192, None, gpu_memory_utilization, enforce_eager)
     setup = commands.setup(model, port, dtype, device, load_format, engine, None)
     commands.profile(setup, batch, context, output)
+
+
+@app.command()
+def serve(
+    base_url: Annotated[str, typer.Option(help="Any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Its name for the model; default: the first it lists.")] = None,
+    api_key: Annotated[str, typer.Option(envvar="PORTER_API_KEY", help="The server's key.")] = "",
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many requests.")] = 200,
+    request_rate: Annotated[
+        float, typer.Option(min=0.001, help="Requests a second, as a Poisson process; inf sends all at once.")
+    ] = float("inf"),
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Open requests at most.")] = None,
+    input_len: Annotated[int, typer.Option(min=1, help="Words of a prompt of its own.")] = 128,
+    prefix_len: Annotated[int, typer.Option(min=0, help="Words that all prompts start with.")] = 0,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    goodput_ttft: Annotated[float, typer.Option(help="A good request's first token, in ms at most.")] = 1000.0,
+    goodput_tpot: Annotated[float, typer.Option(help="A good request's mean time a token, in ms at most.")] = 100.0,
+    seed: Seed = 0,
+    output: Output = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Load a server with streamed requests; exit 1 if any failed."""
+    from porter.bench import serve as load
+
+    options = load.Load(
+        base_url=base_url,
+        model=model,
+        api_key=api_key,
+        num_prompts=num_prompts,
+        request_rate=request_rate,
+        max_concurrency=max_concurrency,
+        input_len=input_len,
+        prefix_len=prefix_len,
+        output_len=output_len,
+        goodput_ttft=goodput_ttft,
+        goodput_tpot=goodput_tpot,
+        seed=seed,
+    )
+    raise typer.Exit(load.run(options, output, json))
