@@ -32,7 +32,7 @@ from porter.runtime.engine import LLM, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
 MOST_GROWTH = 0.03
-WORDS = "the of and to in is that it was for on are as with his they at be this have from or one had by".split()
+WORDS = "the of and to in is that it was for on are as with his they at be this have from or one had by"
 
 
 @dataclass
@@ -72,7 +72,7 @@ def asks(number: int) -> list[Ask]:
     chance = random.Random(0)
     made = []
     for seed in range(number):
-        prompt = " ".join(chance.choice(WORDS) for _ in range(chance.randint(1, 40)))
+        prompt = " ".join(chance.choice(WORDS.split()) for _ in range(chance.randint(1, 40)))
         stream = chance.random() < 0.4
         leaves = (chance.randint(0, 3) if stream else chance.random() * 0.2) if chance.random() < 0.2 else None
         made.append(Ask(prompt, chance.randint(1, 24), seed, stream, leaves))
