@@ -292,7 +292,8 @@ def _threshold_among(
     total = torch.where(limited, kept.logsumexp(-1), scaled.logsumexp(-1))
     probs = (kept - total.unsqueeze(-1)).exp()
     before = probs.cumsum(-1) - probs
-    nucleus = best.masked_fill(before >= top_p.unsqueeze(-1), math.inf).amin(-1)
+    # The best token always stays: top_p may be so small that float32 has only 0 for it
+    nucleus = best.masked_fill((before >= top_p.unsqueeze(-1)) & (before > 0), math.inf).amin(-1)
     threshold = torch.where(top_p < 1, torch.maximum(nucleus, threshold), threshold)
     reached = (probs.sum(-1) >= top_p) | limited | (top_p >= 1)
     return threshold, width == scaled.shape[-1] or bool(reached.all())

@@ -28,7 +28,7 @@ from porter.serve.service import Service
 from porter.serve.streaming import ClientGone
 
 _GONE = 499  # nobody reads it; it only shows in the log
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM: dict[str, Any] = {"text/event-stream": {}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request can't be served."},
     401: {"model": ErrorBody, "description": "No valid API key was given."},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from porter.runtime.errors import RequestError
-from porter.runtime.sampling import Sampler, SamplingParams, gather_logprobs
+from porter.runtime.sampling import Sampler, SamplingMetadata, SamplingParams, gather_logprobs
 from porter.runtime.sampling_batch import build_sampling_metadata, child_seed, mix
 from porter.runtime.sequence import Sequence
 
@@ -188,3 +188,11 @@ def test_random_bits_are_well_spread() -> None:
     uniform = (mix(seeds, np.zeros_like(seeds)) >> np.uint64(11)) * 2.0**-53
     assert abs(uniform.mean() - 0.5) < 0.01
     assert len(np.unique(uniform)) == 20000
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-40, 1e-9])
+def test_the_best_token_is_left_however_small_top_p_is(top_p: float) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 0.0]])
+    column = torch.full((2,), top_p)
+    metadata = SamplingMetadata(torch.ones(2), top_p=column, uniform=torch.tensor([0.99, 0.99], dtype=torch.float64))
+    assert Sampler()(logits, metadata).token_ids.tolist() == [1, 1]

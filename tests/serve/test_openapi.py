@@ -1,4 +1,4 @@
-"""What the OpenAPI document says is what the server does: requests made from it by schemathesis, right and wrong ones."""
+"""What the OpenAPI document says is what the server does: schemathesis makes right and wrong requests from it."""
 
 import subprocess
 import sys
