@@ -1,7 +1,7 @@
 """Where a decode step's time goes: by kernel, by the host, and how far it is from what memory and arithmetic allow."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,13 +83,30 @@ def _timed_steps(llm: LLM, on_gpu: bool) -> float:
 
 def _kernel_ms(profiler: Any, on_gpu: bool) -> list[tuple[str, float, float]]:
     """(kernel, ms a step, calls a step), the largest first."""
-    times: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        times[event.key] += spent
-        calls[event.key] += event.count
-    return [(name, us / 1e3 / _STEPS, calls[name] / _STEPS) for name, us in times.most_common() if us > 0]
+    if on_gpu:
+        events = [event for event in profiler.events() if event.device_type.name == "CUDA"]
+        spent = own_times([(event.name, event.time_range.start, event.time_range.end) for event in events])
+        calls = Counter(event.name for event in events)
+    else:
+        averages = profiler.key_averages()
+        spent = {event.key: event.self_cpu_time_total for event in averages}
+        calls = Counter({event.key: event.count for event in averages})
+    ranked = sorted(spent.items(), key=lambda item: -item[1])
+    return [(name, us / 1e3 / _STEPS, calls[name] / _STEPS) for name, us in ranked if us > 0]
+
+
+def own_times(spans: list[tuple[str, float, float]]) -> dict[str, float]:
+    """(kernel, start, end) of one stream -> each kernel's time since the one before it ended.
+
+    A kernel may start early and wait for the one before it: that is the other's time. The sum is the time in which
+    any ran.
+    """
+    times: defaultdict[str, float] = defaultdict(float)
+    latest = float("-inf")
+    for name, start, end in sorted(spans, key=lambda span: span[2]):
+        times[name] += max(0.0, end - max(start, latest))
+        latest = max(latest, end)
+    return dict(times)
 
 
 def _floors(llm: LLM, batch: int, context: int) -> Floors:

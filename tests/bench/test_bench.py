@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from porter.bench.compare import compare, latency, throughput
 from porter.bench.plot import bar_chart
+from porter.bench.profile import own_times
 from porter.bench.workload import Workload, parse_range
 from porter.cli import app
 from porter.errors import UsageError
@@ -67,6 +68,11 @@ def test_latency_tells_the_first_token_from_the_others() -> None:
     (row,) = compare([side], latency(Workload(1, (8, 8), (5, 5), 0.0, 0)), 1, lambda step: None)
     assert row["figures"]["first_token_ms"]["median"] == 1500
     assert row["figures"]["ms_per_token"]["median"] == 500
+
+
+def test_a_kernel_that_waits_for_another_is_not_charged_for_it() -> None:
+    spans = [("a", 0.0, 4.0), ("b", 1.0, 6.0), ("a", 6.0, 7.0), ("c", 9.0, 10.0)]
+    assert own_times(spans) == {"a": 5.0, "b": 2.0, "c": 1.0}
 
 
 def test_a_chart_has_a_bar_for_each_engine() -> None:
