@@ -74,7 +74,7 @@ static void attend(const T* query, const T* keys, const T* values, long stride, 
         }
     }
     for (long h = 0; h < heads; h++)
-        for (long i = 0; i < dim; i++) out[h * dim + i] = from_float<T>(sums[h * dim + i] / total[h]);
+        for (long i = 0; i < dim; i += LANES) store_floats(out + h * dim + i, load<Floats>(sums + h * dim + i) / total[h]);
 }
 
 template <typename T>

@@ -73,9 +73,12 @@ static void tiles(const T* x, long ldx, const T* w, long k, float* out, long row
 
 template <typename T>
 static void finish(const float* out, const float* scale, const T* bias, T* y, long columns) {
-    for (long j = 0; j < columns; j++) {
-        const float scaled = scale ? out[j] * scale[j] : out[j];
-        y[j] = from_float<T>(bias ? scaled + to_float(bias[j]) : scaled);
+    for (long j = 0; j < columns; j += LANES) {
+        const long left = columns - j;
+        Floats sums = load<Floats>(out + j);
+        if (scale) sums *= load_some(scale + j, left);
+        if (bias) sums += load_some(bias + j, left);
+        store_some(y + j, sums, left);
     }
 }
 

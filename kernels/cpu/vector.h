@@ -1,8 +1,9 @@
-// Vectors of this machine's width through the compiler's vector types; bfloat16 to float32 and back.
+// Vectors of this machine's width through the compiler's vector types; bfloat16 to float32 and back. Intrinsics stand
+// only where compilers take such a vector apart.
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -35,16 +36,6 @@ static inline float to_float(bfloat16 x) {
     return y;
 }
 
-template <typename T> static inline T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-// to the nearest, ties to even; a NaN stays one
-template <> inline bfloat16 from_float<bfloat16>(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return {uint16_t(x == x ? rounded : 0x7fc0)};
-}
-
 template <typename V, typename T> static inline V load(const T* from) {
     V v;
     std::memcpy(&v, from, sizeof v);
@@ -61,8 +52,12 @@ static inline Floats load_floats(const bfloat16* from) {
 
 static inline void store_floats(float* to, Floats v) { store(to, v); }
 static inline void store_floats(bfloat16* to, Floats v) {
+#if defined(__AVX512BF16__)
+    store(to, _mm512_cvtneps_pbh((__m512)v));
+#else
     const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     store(to, __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves));
+#endif
 }
 
 // the first `count` of LANES elements, the others zero or left alone
@@ -87,10 +82,16 @@ static inline Floats cast(Floats v, const bfloat16*) {
     return load_floats(some);
 }
 
-static inline Floats load_floats(const int8_t* from) { return __builtin_convertvector(load<Bytes>(from), Floats); }
+static inline Floats load_floats(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+#endif
+}
 
 static inline float sum(Floats v) {
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
 #else
     float total = 0;
