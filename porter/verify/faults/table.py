@@ -14,10 +14,10 @@ _PREFACE = f"""# Seeded faults
 
 Made by `{COMMAND}`; faults.json has every trial with what the report said. Ports that are right are made wrong in one
 known place, by an edit of the emitted file or of the weights on their way into it, and verified as `porter verify
---random` does (without the check that starts processes). A fault is *caught* if a check fails, *located* if the module
-that the report names is the broken one (or the nearest around it that the original has too; the ledger names
-tensors and isn't counted), and *explained* if the suggested cause is the right one. A check that fails on a port
-without a fault is a false alarm.
+--random` does (without the check that starts processes). A fault is *caught* if a check fails, *located* if the
+module that the report names is the broken one (or the nearest around it that the original has too; the ledger names
+tensors and isn't counted), and *explained* if the suggested cause has a word that the fault was written down with. A
+check that fails on a port without a fault is a false alarm.
 """
 
 
@@ -94,7 +94,7 @@ def summary(trials: Sequence[Trial], right: Sequence[RightPort]) -> list[str]:
         f"- caught: **{_share(found.caught, found.trials)}**",
         f"- located: **{_share(found.located, found.locatable)}**",
         f"- explained: **{_share(found.explained, found.caught)}**",
-        f"- false alarms: **{found.false_alarms}** of {found.right_ports} right ports (each in float32 and bfloat16)",
+        f"- false alarms: **{found.false_alarms}** of {found.right_ports} runs on right ports, in float32 and bfloat16",
     ]
 
 
