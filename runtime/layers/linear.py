@@ -59,7 +59,8 @@ class LinearMethod:
     ) -> torch.Tensor:
         """As `apply`, then act(first half) * second half: `[..., out / 2]`."""
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        if can_fuse(x, weight, hidden_act):
+        # a method with an `apply` of its own stores the weight its own way
+        if type(self).apply is LinearMethod.apply and can_fuse(x, weight, hidden_act):
             return linear_row(x, weight, bias, None, hidden_act)
         return act_and_mul(self.apply(layer, x, bias), hidden_act)
 

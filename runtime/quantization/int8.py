@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
+from porter.kernels.act_and_mul import act_and_mul
 from porter.kernels.int8_linear import dequantize_int8, int8_linear, quantize_int8
+from porter.kernels.linear_row import can_fuse, linear_row
 from porter.runtime.layers.linear import LinearMethod
 from porter.runtime.layers.sharding import Part
 
@@ -42,7 +44,19 @@ class Int8LinearMethod(LinearMethod):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x `[..., in]` -> `[..., out]`."""
-        return int8_linear(x, layer.weight, layer.weight_scale, bias)  # type: ignore[arg-type]
+        weight, scale = layer.get_parameter("weight"), layer.get_parameter("weight_scale")
+        if can_fuse(x, weight):
+            return linear_row(x, weight, bias, scale)
+        return int8_linear(x, weight, scale, bias)
+
+    def apply_gated(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, hidden_act: str
+    ) -> torch.Tensor:
+        """As `apply`, then act(first half) * second half."""
+        weight, scale = layer.get_parameter("weight"), layer.get_parameter("weight_scale")
+        if can_fuse(x, weight, hidden_act):
+            return linear_row(x, weight, bias, scale, hidden_act)
+        return act_and_mul(self.apply(layer, x, bias), hidden_act)
 
     def embedding(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """Dequantized rows `ids`."""

@@ -16,6 +16,7 @@ from porter.runtime.layers.linear import LinearOutput, MergedColumnParallelLinea
 from porter.runtime.layers.norm import NormedHeads, RMSNorm
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_registry import load_port
+from porter.runtime.quantization.int8 import METHOD as INT8
 
 pytestmark = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs triton and its interpreter")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -81,6 +82,19 @@ def test_one_row_is_activated_by_the_linear() -> None:
         pending = linear(x)
         assert isinstance(pending, LinearOutput)
         torch.testing.assert_close(act(pending), expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@torch.no_grad()
+def test_int8_weights_keep_their_scales(num_rows: int) -> None:
+    linear = MergedColumnParallelLinear(8, [4, 4], bias=False, linear_method=INT8)
+    linear.weight.copy_(torch.randint(-127, 128, (8, 8)))
+    linear.get_parameter("weight_scale").copy_(torch.rand(8) * 0.02)
+    act, x = get_act_and_mul("silu"), torch.randn(num_rows, 8)
+    dense = INT8.dequantize(linear)
+    with interpreting():
+        torch.testing.assert_close(linear(x) * 1, x @ dense.T)
+        torch.testing.assert_close(act(linear(x)), act(x @ dense.T))
 
 
 @torch.no_grad()
