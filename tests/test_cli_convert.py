@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,7 @@ class FakeConversion:
     code: str
     manifest: dict[str, Any]
     module_name: str = "acorn"
+    others: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def test_a_refusal_names_file_and_line_and_writes_nothing(
     result = convert("-o", "out")
     assert (result.exit_code, result.stderr) == (
         2,
-        "error: acorn.py:7: x.fold(1): no layout is known for it; report it\n",
+        "error: acorn.py:7: P100 x.fold(1): no layout is known for it; report it\n",
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -20,7 +20,7 @@ ACORN = MODELS / "acorn" / "modeling_acorn.py"
 # What each file of models/bad is refused for: the line of the construct (0: the whole file), and words of the message.
 REFUSED = {
     "aspen": ("torch.cumsum(hidden_states", "along the sequence"),
-    "larch": ("self.conv(", "Conv1d"),
+    "larch": ("self.conv(", "along the sequence"),
     "maple": ("a condition on a tensor", "depends on data"),
     "yew": ("no causal language model", "ForCausalLM"),
     "alder": ("no causal language model", "ForCausalLM"),

@@ -114,7 +114,7 @@ def inherited_attribute(run: Run, base: Instance, name: str) -> Value:
         return Scalar(op="dtype" if name == "dtype" else "device", text=f"self.{name}", attrs={"dtype": "same"})
     shell = base.attrs.get("<layer>")
     if isinstance(shell, Layer):
-        return layer_attribute(shell, name, None)
+        return layer_attribute(run, shell, name, None)
     return Value(op="attribute", args=(base,), attrs={"name": name})
 
 

@@ -52,7 +52,7 @@ _RUNTIME = {
 }
 
 
-def layer_attribute(base: Layer, name: str, node: cst.CSTNode | None) -> Value:
+def layer_attribute(run: Run, base: Layer, name: str, node: cst.CSTNode | None) -> Value:
     if name in base.attrs and isinstance(base.attrs[name], Value):
         found: Value = base.attrs[name]
         return found
@@ -61,7 +61,7 @@ def layer_attribute(base: Layer, name: str, node: cst.CSTNode | None) -> Value:
         total = base.params["num_heads"] if total is None or is_none(total) else total
         return Scalar(op="leaf", text=f"local.{name}", size=total.size if isinstance(total, Scalar) else None)
     if base.kind == "sequence_conv":
-        return ops_layers.needs_state(node)
+        raise ops_layers.needs_state(run, node)
     if name in base.params and name != "bias":
         return base.params[name]
     if name == "bias" and _is_false(base.params.get("bias")):

@@ -80,7 +80,7 @@ class Lookups(Conditions):
         if isinstance(base, Tensor):
             return ops.attribute(base, name, node)
         if isinstance(base, Layer):
-            return library_layers.layer_attribute(base, name, node)
+            return library_layers.layer_attribute(self, base, name, node)
         if isinstance(base, Scalar) and not base.known:
             return symbol(f"{base.text}.{name}")
         return Value(op="attribute", args=(base,), attrs={"name": name})

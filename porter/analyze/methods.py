@@ -31,7 +31,7 @@ def call_method(
             return const(None)
         if name == "get_head_mask":
             return Repeated(op="repeat", item=const(None))
-    return base if "refusal" in base.attrs else const(None)
+    return const(None)
 
 
 def _register(base: Instance, args: list[Value]) -> None:

@@ -8,6 +8,7 @@ from porter.analyze.poly import Poly
 from porter.analyze.run import Run
 from porter.analyze.transfer import build, shape_of
 from porter.analyze.values import ONE, Layer, Repeated, Scalar, Sequence, Shape, Tensor, Value, const, is_none
+from porter.errors import Refusal
 
 
 def layer_weight(base: Layer, name: str) -> Tensor:
@@ -61,7 +62,7 @@ def layer(run: Run, target: Layer, args: list[Value], kwargs: dict[str, Value], 
     if kind in ("layer_norm", "rms_norm", "activation"):
         return build(kind, (source, target), shape, node, layer=target)
     if kind == "sequence_conv":
-        return needs_state(node)
+        raise needs_state(run, node)
     return _runtime_layer(run, target, args, kwargs, shape, node)
 
 
@@ -167,10 +168,11 @@ def attention(run: Run, short: str, args: list[Value], kwargs: dict[str, Value],
     return Sequence(op="tuple", args=(back,), items=(back, const(None)))
 
 
-def needs_state(node: cst.CSTNode | None) -> Value:
-    """What a convolution along the sequence gives: nothing that a paged cache of keys and values can serve."""
+def needs_state(run: Run, node: cst.CSTNode | None) -> Refusal:
+    """For a convolution along the sequence, which no paged cache of keys and values can serve."""
     why = (
         "a convolution along the sequence, as state-space and linear-attention layers have; it keeps a state from "
         "token to token, for which the runtime has no cache"
     )
-    return Value(op="unknown", attrs={"why": why, "refusal": "P201"}, node=node)
+    what = " ".join(run.program.tree.code_for_node(node).split())[:90] if node is not None else "nn.Conv1d"
+    return run.refuse(node, what, why, "use an engine that has one", "P201")

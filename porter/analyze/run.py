@@ -52,11 +52,9 @@ class Run(ABC):
         culprits = [v for v in value.walk() if "why" in v.attrs and v.node is not None]
         if not culprits:
             return self.refuse(node, what, f"{why} ({value.op})", "rewrite it in plain torch")
-        cause = next((v for v in culprits if "refusal" in v.attrs), culprits[-1])
+        cause = culprits[-1]
         assert cause.node is not None
         code = " ".join(self.program.tree.code_for_node(cause.node).split())
-        if "refusal" in cause.attrs:
-            return self.refuse(cause.node, code[:90], cause.attrs["why"], "see porter explain", cause.attrs["refusal"])
         return self.refuse(cause.node, code[:90], f"not understood: {cause.attrs['why']}", "rewrite it in plain torch")
 
     def refuse(self, node: cst.CSTNode | None, what: str, why: str, remedy: str, code: str = "P100") -> Refusal:
