@@ -11,7 +11,17 @@ import pytest
 @pytest.mark.slow
 def test_no_request_made_from_the_document_is_answered_wrongly(server: Any, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json", "--seed", "1"]
-    options = ["--max-examples", "5", "--checks", "all", "--continue-on-failure", "--generation-database", "none"]
+    options = [
+        "--max-examples",
+        "5",
+        "--max-response-time",
+        "60",
+        "--checks",
+        "all",
+        "--continue-on-failure",
+        "--generation-database",
+        "none",
+    ]
     # Rules between fields, a full context and unknown token ids are no part of a JSON schema
     known = ["--exclude-checks", "positive_data_acceptance", "--suppress-health-check", "filter_too_much"]
     done = subprocess.run(
