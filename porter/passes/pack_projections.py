@@ -75,6 +75,10 @@ _UNCHANGED_WIDER = _BEFORE.replace(
     "nn.Linear(config.hidden_size, config.num_heads * config.dim)\n        self.k_proj",
     "nn.Linear(config.hidden_size, 2 * config.num_heads * config.dim)\n        self.k_proj",
 ).replace("query = self.q_proj(hidden_states)", "query, gate = self.q_proj(hidden_states).chunk(2, dim=-1)")
+_UNCHANGED_VALUES = _BEFORE.replace(", 0.125)", ", 0.125, v_head_dim=config.v_dim)").replace(
+    "self.v_proj = nn.Linear(config.hidden_size, config.num_heads * config.dim)",
+    "self.v_proj = nn.Linear(config.hidden_size, config.num_heads * config.v_dim)",
+)
 _UNCHANGED_ORDER = (
     _BEFORE.replace(
         "query = self.q_proj(hidden_states)",
@@ -95,6 +99,7 @@ class PackProjections(Pass):
     UNCHANGED = (
         Unchanged(_UNCHANGED, "keys are projected from another input than queries and values"),
         Unchanged(_UNCHANGED_WIDER, "something else is projected with the queries"),
+        Unchanged(_UNCHANGED_VALUES, "values have another size than keys"),
         Unchanged(_UNCHANGED_ORDER, "the heads of the queries do not lie one after the other"),
     )
 
@@ -145,6 +150,8 @@ def _trio(facts: Facts, node: cst.Call, function: cst.FunctionDef) -> Trio | Non
             return None
         if len({id(v.args[0]) for v in known}) != 1:
             return None
+        if "v_head_dim" in (getattr(layer_of(value), "params", None) or {}):
+            return None  # the packed layer has one size of heads
         if any(_width(q) != v.shape[-1] for q, v in zip(_inputs(value), known, strict=True) if v.shape):
             return None  # something else is projected along
         dim = _head_dim(value)

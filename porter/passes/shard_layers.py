@@ -17,6 +17,7 @@ from porter.passes.base import Example, Pass, Stage
 
 EMBEDDING = "porter.runtime.layers.embedding"
 THROUGH = ELEMENTWISE | RESHAPES
+GATED = ELEMENTWISE | {"unsqueeze"}
 ROLES = {
     "row": "RowParallelLinear",
     "column": "ColumnParallelLinear",
@@ -64,6 +65,50 @@ from porter.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, bias=False)
 """,
 )
+_GATED = """\
+import torch
+from torch import nn
+from porter.runtime.attention.paged import PagedAttention
+from porter.runtime.layers.linear import QKVParallelLinear
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.qkv = QKVParallelLinear(config.hidden_size, config.dim, config.num_heads)
+        self.gate = nn.Linear(config.hidden_size, config.num_heads)
+        self.attn = PagedAttention(self.qkv.num_heads, config.dim, 0.125)
+        self.out = nn.Linear(config.num_heads * config.dim, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dim = config.dim
+
+    def forward(self, input_ids, positions, kv_caches, attn_metadata):
+        hidden_states = self.embed(input_ids)
+        query, key, value = self.qkv.split(self.qkv(hidden_states))
+        heads = self.attn(query, key, value, kv_caches[0], attn_metadata).unflatten(-1, (-1, self.dim))
+        gate = torch.sigmoid(self.gate(hidden_states)).unsqueeze(-1)
+        return self.lm_head(self.out((heads * gate).flatten(-2)))
+"""
+_GATED_AFTER = (
+    _GATED.replace(
+        """\
+from porter.runtime.layers.linear import QKVParallelLinear
+""",
+        """\
+from porter.runtime.layers.linear import QKVParallelLinear
+from porter.runtime.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from porter.runtime.layers.linear import ColumnParallelLinear, RowParallelLinear
+""",
+    )
+    .replace("nn.Embedding(", "VocabParallelEmbedding(")
+    .replace("self.gate = nn.Linear(", "self.gate = ColumnParallelLinear(")
+    .replace("self.out = nn.Linear(", "self.out = RowParallelLinear(")
+    .replace(
+        "nn.Linear(config.hidden_size, config.vocab_size, bias=False)",
+        "ParallelLMHead(config.vocab_size, config.hidden_size, bias=False)",
+    )
+)
 
 
 class ShardLayers(Pass):
@@ -75,7 +120,7 @@ class ShardLayers(Pass):
     stage = Stage.SHARD
     flat = True
     reason = "its values flow so that it can be split over ranks this way"
-    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_GATED, _GATED_AFTER))
 
     def apply(self, facts: Facts) -> cst.Module:
         roles = _roles(facts)
@@ -166,9 +211,20 @@ def _sources(value: Value) -> list[Tensor]:
     or a rank would hold others than the row it multiplies them with."""
     found: list[Tensor] = []
     for source in behind(value, ELEMENTWISE):
-        inner = behind(source, THROUGH) if source.op in RESHAPES else [source]
-        found += inner if source.op not in RESHAPES or all(v.op == "paged_attention" for v in inner) else [source]
+        inner = _heads(source) if source.op in RESHAPES else []
+        found += inner or [source]
     return found
+
+
+def _heads(value: Tensor) -> list[Tensor]:
+    """The attention, and the gates of its heads, that a value lays out anew; empty if it is made of anything else."""
+    found: list[Tensor] = []
+    for part in behind(value.args[0], GATED):
+        inner = behind(part, THROUGH) if part.op in RESHAPES else [part]
+        if any(v.op != "paged_attention" and v is not part for v in inner):
+            return []
+        found += inner
+    return found if any(v.op == "paged_attention" for v in found) else []
 
 
 def _splits(value: Tensor) -> bool:
@@ -181,7 +237,18 @@ def _splits(value: Tensor) -> bool:
 
 
 def _safe(flows: Flows, source: Tensor, ends: set[int]) -> bool:
-    return source.op == "paged_attention" or all_uses_are(flows, source, ELEMENTWISE, ends)
+    through = GATED | {"flatten"} if _gates_heads(flows, source) else ELEMENTWISE
+    return source.op == "paged_attention" or all_uses_are(flows, source, through, ends)
+
+
+def _gates_heads(flows: Flows, source: Tensor) -> bool:
+    """Whether a linear has one number for each head, which an elementwise product spreads over the head."""
+    seen: list[Value] = [source]
+    for value in seen:
+        seen += [use for use in flows.uses[id(value)] if use.op in ELEMENTWISE and use not in seen]
+        if any(use.op == "unsqueeze" for use in flows.uses[id(value)]):
+            return True
+    return False
 
 
 def _head(world: World) -> Tensor | None:

@@ -48,9 +48,8 @@ class PagedAttention(nn.Module):
             )
         self.traits = AttentionTraits(scaling, sliding_window, softcap)
         self.alibi_slopes: torch.Tensor | None = None
-        if sinks is not None:
-            if len(sinks) != num_heads:  # made for the heads of all ranks, as original files do
-                sinks.data = sinks.data[:num_heads].clone()
+        if sinks is not None and len(sinks) != num_heads:  # there is one for each head of ALL ranks
+            sinks.data = sinks.data[:num_heads].clone()
             shard_parameter(sinks)
         # Kept out of the parameters: the port registers and names it.
         self._sinks = [] if sinks is None else [sinks]

@@ -152,22 +152,23 @@ def test_alibi_attention(bias_dtype: torch.dtype | None, size: int) -> None:
     torch.testing.assert_close(torch.cat(run_ranks(size, run), 1), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("made", [HEADS, HEADS // 2], ids=["for all ranks", "for its own rank"])
-def test_sinks_are_loaded_in_shards(made: int) -> None:
+@pytest.mark.parametrize("size", [1, 2], ids=["all heads on every rank", "heads in shards"])
+def test_sinks_are_loaded_for_the_heads_of_a_rank(size: int) -> None:
     sinks = torch.randn(HEADS)
 
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.sinks = nn.Parameter(torch.empty(made), requires_grad=False)
-            self.attn = PagedAttention(HEADS // 2, DIM, SCALING, sinks=self.sinks)
+            self.sinks = nn.Parameter(torch.empty(HEADS), requires_grad=False)
+            self.attn = PagedAttention(HEADS // size, DIM, SCALING, sinks=self.sinks)
 
     def run(_: int) -> torch.Tensor:
         layer = Attention()
         assert load_weights(layer, [("sinks", sinks)], WeightRules()) == {"sinks"}
         return layer.sinks
 
-    torch.testing.assert_close(torch.cat(run_ranks(2, run)), sinks)
+    first, second = run_ranks(2, run)
+    torch.testing.assert_close(first if size == 1 else torch.cat((first, second)), sinks)
 
 
 def test_bad_head_counts_are_one_clear_line() -> None:
