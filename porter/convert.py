@@ -15,10 +15,12 @@ import libcst as cst
 
 from porter import __version__
 from porter.analyze import serving
+from porter.analyze.counting import looked_up
 from porter.analyze.facts import Facts
 from porter.analyze.inline import inline_imports
 from porter.analyze.interp import explore
 from porter.analyze.program import Program
+from porter.analyze.unused_weights import weighted
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
 from porter.errors import Refusal, SourceError
@@ -149,20 +151,36 @@ class _Work:
         self.lines = _source_lines(source.text, self.tree.code)  # source line of each line now
         self.flat = False
         self.checked = False
+        self.counts_positions = False
         self.turns = False
         self.assumed: dict[str, Any] = {}  # config fields that were read at any stage and that serving fixes
         self._facts: Facts | None = None
 
     def check(self) -> None:
         """Read every attention on every path of the file as it came, so that a refusal names its own lines."""
+        self._count_positions()
         read_attention(self.facts())
         self.turns = turns_queries(self.facts())
+        self.notes["weighted"] = weighted(self.facts().worlds)
         self.checked = True
         self._facts = None
+
+    def _count_positions(self) -> None:
+        """Whether the file, given no position_ids, looks up other positions than 0, 1, 2 ...: those are the original's.
+
+        Some count from a padding id on. Whoever calls the original without positions gets these.
+        """
+        given = looked_up(self.facts().worlds)
+        if given:
+            facts, self._facts = self._facts, None
+            self.counts_positions = True
+            self.counts_positions = looked_up(self.facts().worlds) != given
+            self._facts = self._facts if self.counts_positions else facts
 
     def facts(self) -> Facts:
         if self._facts is None:
             program = Program.read(self.tree, self.config)
+            program.counts_positions = self.counts_positions
             wanted = program.classes.get(self.source.architecture or "")
             entry = wanted if wanted is not None and program.method(wanted, "forward") else program.entry(self.own)
             self._facts = explore(program, entry, self.flat, number_paths=not self.checked)

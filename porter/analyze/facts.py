@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,9 @@ class Facts:
 
     def values(self, node: cst.CSTNode) -> list[Value]:
         return [v for world in self.worlds for v in world.values.get(node, ())]
+
+    def all_values(self) -> Iterator[list[Value]]:
+        return (values for world in self.worlds for values in world.values.values())
 
     def branches(self, node: cst.CSTNode) -> set[bool]:
         return {b for world in self.worlds for b in world.branches.get(node, ())}

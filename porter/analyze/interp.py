@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from porter.analyze.facts import Facts, World
 from porter.analyze.module_paths import name_modules
 from porter.analyze.program import ClassInfo, FunctionInfo, Program
 from porter.analyze.run import Infeasible
 from porter.analyze.statements import Statements
-from porter.analyze.values import B, Config, Function, Instance, Repeated, S, Tensor, Value, const
+from porter.analyze.values import Config, Function, Instance, Repeated, Tensor, Value, const
 from porter.errors import Refusal
 
 PATH_LIMIT = 192
@@ -97,8 +95,10 @@ class Interp(Statements):
             name = param.name.value
             if name == "input_ids":
                 bound[name] = Tensor(op="input_ids", shape=self.tokens())
-            elif name in ("position_ids", "positions"):
+            elif name == "positions" or (name == "position_ids" and not self.program.counts_positions):
                 bound[name] = Tensor(op="positions", shape=self.tokens(), attrs={"sizes_only": True})
+            elif name == "position_ids":
+                bound[name] = const(None)
             elif name == "kv_caches":
                 bound[name] = Repeated(op="kv_caches", item=Value(op="kv_cache"))
             elif name == "attn_metadata":
@@ -108,6 +108,3 @@ class Interp(Statements):
             elif name in ON:
                 bound[name] = const(True)
         return bound
-
-    def tokens(self) -> tuple[Any, ...]:
-        return (B * S,) if self.flat else (B, S)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import libcst as cst
 
 from porter.analyze import ops, ops_layers, scalars
 from porter.analyze.builtins import builtin
-from porter.analyze.library_layers import ACTIVATIONS, LAYERS, construct, init_base, layer_attribute
+from porter.analyze.library_layers import ACTIVATION_NAMES, ACTIVATIONS, LAYERS, construct, init_base, layer_attribute
 from porter.analyze.poly import Poly
 from porter.analyze.program import ClassInfo
 from porter.analyze.run import Run
@@ -49,6 +50,9 @@ def config_field(run: Run, base: Config, name: str, node: cst.CSTNode | None) ->
     """A field of the config: fixed by serving, or open under its source text."""
     name = run.program.config_aliases.get(name, name)
     path = f"{base.path}.{name}"
+    if name in base.attrs:
+        found: Value = base.attrs[name]
+        return found
     if name in SERVING:
         run.world.assumed[name] = SERVING[name][0]
         return const(SERVING[name][0])
@@ -122,7 +126,8 @@ def external_item(run: Run, base: External, index: Value) -> Value:
     """`ACT2FN[...]`, `ALL_ATTENTION_FUNCTIONS[...]`, type subscripts."""
     short = base.name.rsplit(".", 1)[-1]
     if short in ("ACT2FN", "ACT2CLS"):
-        return Layer(op="layer", kind="activation", params={"name": index})
+        made = Layer(op="layer", kind="activation", params={"name": index})
+        return made if short == "ACT2FN" else External(op="external", name="activation_class", args=(made,))
     if short == "ROPE_INIT_FUNCTIONS":
         return External(op="external", name="rope_init")
     if short == "ALL_ATTENTION_FUNCTIONS":
@@ -188,6 +193,11 @@ def call_external(
         return builtin(run, short, args, kwargs, node)
     if name == "attention_interface" or short == "scaled_dot_product_attention":
         return ops_layers.attention(run, short, args, kwargs, node)
+    if name == "activation_class":
+        return function.args[0]
+    if name.startswith("transformers.activations.") and short.islower() and short != "get_activation":
+        named = const(ACTIVATION_NAMES.get(short, short))
+        return run.call(Layer(op="layer", kind="activation", params={"name": named}), args, kwargs, node)
     if short == "rope_init":
         return _rope_init(run, name, args, kwargs)
     if short in _MASKS:
@@ -226,6 +236,8 @@ def _helpers(
         return run.call(args[0], args[3:], {}, node)
     if short in ("partial",):
         return args[0]
+    if name in ("copy.deepcopy", "copy.copy") and args:
+        return Config(op="config", path=args[0].path, attrs=dict(args[0].attrs)) if _is_config(args[0]) else args[0]
     if short in ("finfo", "iinfo"):
         return symbol(f"{short}", op="finfo")
     if short == "get_act_fn" or short == "get_activation":
@@ -249,6 +261,10 @@ def _helpers(
     if short[:1].isupper():
         return Layer(op="layer", kind=f"unknown:{name}", params=kwargs)
     return Value(op="unknown", args=tuple(args), attrs=why)
+
+
+def _is_config(value: Value) -> TypeGuard[Config]:
+    return isinstance(value, Config)
 
 
 def _rope_init(run: Run, name: str, args: list[Value], kwargs: dict[str, Value]) -> Sequence:

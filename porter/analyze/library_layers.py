@@ -34,6 +34,9 @@ ACTIVATIONS = {
 }
 
 
+# Functions of transformers.activations whose name is not the one that configs use.
+ACTIVATION_NAMES = {"linear_act": "linear"}
+
 # The layers of porter.runtime, so that a port can be analysed as well as its source.
 _RUNTIME = {
     "ColumnParallelLinear": ("linear", ("in_features", "out_features", "bias")),

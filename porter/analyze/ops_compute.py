@@ -152,10 +152,18 @@ def _pairwise(call: Call) -> Any:
         if isinstance(other, Tensor):
             return build("add_mask" if call.name == "add" else "unknown", (other, masks[0]), other.shape, call.node)
         return masks[0]
+    if call.name in ("ne", "eq") and _asks_for_padding(call):
+        filled = "ones" if call.name == "ne" else "zeros"
+        return build(filled, (), call.shape, call.node, sizes_only=True, bool=True)
     shape = broadcast(shape_of(call.args[0]), shape_of(call.args[1]) if len(call.args) > 1 else ())
     if call.name in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "greater", "less"):
         return build(call.name, tuple(call.args), shape, call.node, bool=True)
     return shape
+
+
+def _asks_for_padding(call: Call) -> bool:
+    """`input_ids != pad_token_id`: the engine pads nothing, and a sequence holds no padding token."""
+    return call.args[0].op == "input_ids" and isinstance(call.args[1], Scalar) and "pad" in call.args[1].text
 
 
 @rule("where")

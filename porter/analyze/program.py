@@ -48,6 +48,7 @@ class Program:
     constants: dict[str, cst.BaseExpression] = field(default_factory=dict)
     config_class: ClassInfo | None = None
     config_aliases: dict[str, str] = field(default_factory=dict)
+    counts_positions: bool = False  # whether the file is to count positions itself, given none
 
     @staticmethod
     def read(tree: cst.Module, config: cst.Module | None = None) -> Program:

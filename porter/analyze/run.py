@@ -9,7 +9,7 @@ import libcst as cst
 
 from porter.analyze.facts import World, line_of
 from porter.analyze.program import Program
-from porter.analyze.values import Value
+from porter.analyze.values import B, S, Shape, Value
 from porter.errors import Refusal
 
 
@@ -43,6 +43,10 @@ class Run(ABC):
     @property
     def env(self) -> dict[str, Value]:
         return self.frames[-1]
+
+    def tokens(self) -> Shape:
+        """The layout of ids: flat tokens, or batch and sequence."""
+        return (B * S,) if self.flat else (B, S)
 
     def record(self, node: cst.CSTNode, value: Value) -> None:
         self.world.values[node].append(value)

@@ -12,7 +12,9 @@ from porter.analyze.expressions import Expressions
 from porter.analyze.poly import HITS
 from porter.analyze.program import FunctionInfo, import_names
 from porter.analyze.run import Infeasible, Returned
+from porter.analyze.serving import SERVING
 from porter.analyze.values import (
+    Config,
     External,
     Function,
     Instance,
@@ -228,3 +230,5 @@ class Statements(Expressions):
     def set_attribute(self, base: Value, name: str, value: Value) -> None:
         if isinstance(base, Instance | Layer):
             base.attrs[name] = value
+        elif isinstance(base, Config) and name not in SERVING:
+            base.attrs[self.program.config_aliases.get(name, name)] = value

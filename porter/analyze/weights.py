@@ -10,6 +10,7 @@ import libcst as cst
 from porter.analyze.checkpoint_names import calls_in, plain_name, renames
 from porter.analyze.facts import Facts, World
 from porter.analyze.program import Program, full_name
+from porter.analyze.unused_weights import second_names, uncalled, weighted
 from porter.analyze.values import Tensor
 from porter.source import Source
 
@@ -36,13 +37,17 @@ class Rules:
 
 def derive(source: Source, before: Program, after: Facts, notes: dict[str, Any]) -> Rules:
     """Rules from the source's class attributes and buffers, transformers' renames, and what packing did."""
+    packed = notes.get("packed", {})
+    had, has = notes.get("weighted", frozenset()), weighted(after.worlds)
+    replaced = {*notes.get("fused", ()), *(part for parts in packed.values() for part in parts)}
+    entry = before.classes.get(after.entry.name, after.entry)
     return Rules(
-        packed={k: dict(v) for k, v in notes.get("packed", {}).items()},
+        packed={k: dict(v) for k, v in packed.items()},
         fused=dict(notes.get("fused", {})),
         transposed=tuple(sorted(notes.get("transposed", ()))),
         tied=_tied(after.worlds[0]),
-        renames=renames(source, after, notes.get("packed", {})),
-        skip=_skipped(before, after),
+        renames=second_names(before, entry, had, has) | renames(source, after, packed),
+        skip=tuple(sorted({*_skipped(before, after), *uncalled(had, has, replaced)})),
         base_prefix=_base_prefix(before, after),
     )
 

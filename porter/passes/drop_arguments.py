@@ -118,7 +118,7 @@ def _unused(facts: Facts, function: cst.FunctionDef) -> set[str]:
     keep: set[str] = {"self", "cls", "ctx"}
     is_entry = any(r.site is None for r in facts.calls_of(function))
     if is_entry:
-        keep |= set(ENTRY_ARGUMENTS)
+        keep |= set(ENTRY_ARGUMENTS) - ({"position_ids"} if facts.program.counts_positions else set())
     found = {p.name.value for p in params} - read - keep
     for star in (function.params.star_arg, function.params.star_kwarg):
         if isinstance(star, cst.Param) and star.name.value not in read:

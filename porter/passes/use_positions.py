@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import libcst as cst
-import numpy as np
 
-from porter.analyze.evaluate import Evaluator
+from porter.analyze.counting import counted, counts, place_ids, same_everywhere
 from porter.analyze.facts import Facts
-from porter.analyze.point import Point, Unevaluable
 from porter.analyze.values import Tensor, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
-
-LONG = 41  # a length at which positions that are cut off or wrap around show
 
 _BEFORE = """\
 from torch import nn
@@ -80,9 +76,7 @@ class UsePositions(Pass):
     UNCHANGED = (Unchanged(_UNCHANGED, "these ids are no positions"),)
 
     def apply(self, facts: Facts) -> cst.Module:
-        edits = _renames(facts)
-        if not edits:
-            edits = _computed(facts)
+        edits = _renames(facts) or _computed(facts) or _counted_apart(facts)
         return edit.rewrite(facts.program.tree, edits)
 
 
@@ -129,11 +123,11 @@ def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
             ids = _looked_up(facts, node)
             if ids is None:
                 continue
-            if not _is_zeros(ids) and _same_everywhere(facts.values(ids)) == 0:
+            if not _is_zeros(ids) and same_everywhere(facts.values(ids)) == 0:
                 edits[ids] = edit.replace("torch.zeros_like(positions)")
                 continue
             for inner in edit.walk(ids):
-                if isinstance(inner, cst.BaseExpression) and _counts(facts.values(inner)):
+                if isinstance(inner, cst.BaseExpression) and counts(facts.values(inner)):
                     if isinstance(inner, cst.Name) and inner.value == "positions":
                         if "positions" not in {p.name.value for p in edit.params_of(function)}:
                             edits.update(_own_positions(facts, function))
@@ -141,6 +135,38 @@ def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
                         edits[inner] = edit.replace("positions")
                     break
     return edits
+
+
+def _counted_apart(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
+    """Positions that are counted in another function than the one that looks them up, from 0 or another number on."""
+    ids = [i for values in facts.all_values() for v in values for i in place_ids(v) if _sizes_only(i)]
+    behind = {id(v) for value in ids for v in value.walk()} if ids else set()
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for function in facts.called if behind else ():
+        _count_in(facts, function.body, behind, edits)
+    return edits
+
+
+def _sizes_only(value: Value) -> bool:
+    return isinstance(value, Tensor) and value.sizes_only
+
+
+def _from_engine(value: Value) -> bool:
+    return any(v.op == "positions" for v in value.walk())
+
+
+def _count_in(facts: Facts, node: cst.CSTNode, behind: set[int], edits: dict[cst.CSTNode, edit.Edit]) -> None:
+    """Edit the largest expressions below a node that count."""
+    values = facts.values(node) if isinstance(node, cst.Call | cst.BinaryOperation | cst.Subscript) else []
+    if values and all(id(v) in behind and v.node is node and not _from_engine(v) for v in values):
+        start = counted(values)
+        if start is not None:
+            code = edit.parse(f"positions + {start}" if start else "positions")
+            alone = isinstance(edit.parent(facts.program.tree, node), cst.Arg | cst.Assign | cst.Return)
+            edits[node] = lambda _: code if alone else edit.parenthesized(code)
+            return
+    for child in edit.children(node):
+        _count_in(facts, child, behind, edits)
 
 
 def _own_positions(facts: Facts, function: cst.FunctionDef) -> dict[cst.CSTNode, edit.Edit]:
@@ -173,33 +199,3 @@ def _looked_up(facts: Facts, node: cst.CSTNode) -> cst.BaseExpression | None:
 
 def _is_zeros(ids: cst.BaseExpression) -> bool:
     return edit.code(ids) == "torch.zeros_like(positions)"
-
-
-def _same_everywhere(values: list[Value]) -> int | None:
-    """The one number that ids are for every token, whatever the batch: a token type that nobody gives."""
-    found: set[float] = set()
-    for value in values:
-        if not isinstance(value, Tensor) or not value.sizes_only or not value.shape:
-            return None
-        try:
-            found |= set(np.unique(np.asarray(Evaluator(Point())(value), dtype=float)).tolist())
-        except Unevaluable:
-            return None
-    return int(found.pop()) if len(found) == 1 else None
-
-
-def _counts(values: list[Value]) -> bool:
-    """Whether values are 0, 1, 2 ... along the sequence, whatever the batch."""
-    if not values or not all(isinstance(v, Tensor) and v.sizes_only and v.shape for v in values):
-        return False
-    for value in values:
-        try:
-            array = Evaluator(Point(seq=LONG))(value)
-        except Unevaluable:
-            return False
-        rows = array.reshape(-1, array.shape[-1]) if getattr(array, "ndim", 0) else array
-        if getattr(rows, "ndim", 0) != 2 or rows.shape[-1] != LONG:
-            return False
-        if not all((row == range(LONG)).all() for row in rows):
-            return False
-    return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import libcst as cst
 
 from porter.analyze.facts import Facts
+from porter.analyze.library_layers import ACTIVATION_NAMES
+from porter.analyze.program import Program
 from porter.analyze.values import Scalar, Tensor
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage
@@ -213,19 +215,43 @@ def _config_attributes(facts: Facts, tree: cst.Module) -> cst.Module:
 
 
 class _Activations(cst.CSTTransformer):
-    """`ACT2FN[name]` is `get_act_fn(name)`."""
+    """`ACT2FN[name]`, `ACT2CLS[name]()`, `get_activation(name)` and a function of the library are `get_act_fn(name)`.
 
-    found = False
+    `imported` are the file's names for what it has of transformers.activations.
+    """
+
+    def __init__(self, imported: dict[str, str]) -> None:
+        super().__init__()
+        self.imported = imported
+        self.found = False
+
+    def _made(self, name: str) -> cst.BaseExpression:
+        self.found = True
+        return edit.parse(f"get_act_fn({name})")
 
     def leave_Subscript(self, original_node: cst.Subscript, updated_node: cst.Subscript) -> cst.BaseExpression:
-        if edit.code(updated_node.value) != "ACT2FN":
+        if self.imported.get(edit.code(updated_node.value)) not in ("ACT2FN", "ACT2CLS"):
             return updated_node
-        self.found = True
-        return edit.parse(f"get_act_fn({edit.code(updated_node.slice[0].slice)})")
+        return self._made(edit.code(updated_node.slice[0].slice))
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
+        function = original_node.func
+        if isinstance(function, cst.Subscript) and self.imported.get(edit.code(function.value)) == "ACT2CLS":
+            return updated_node.func
+        name = self.imported.get(edit.code(function), "")
+        if name == "get_activation":
+            return self._made(edit.code(updated_node.args[0].value))
+        if name.islower():
+            self.found = True
+            return updated_node.with_changes(func=edit.parse(f'get_act_fn("{ACTIVATION_NAMES.get(name, name)}")'))
+        return updated_node
 
 
 def _activations(tree: cst.Module, imports: dict[str, set[str]]) -> cst.Module:
-    change = _Activations()
+    home = "transformers.activations."
+    change = _Activations(
+        {k: v.removeprefix(home) for k, v in Program.read(tree).imports.items() if v.startswith(home)}
+    )
     result = tree.visit(change)
     assert isinstance(result, cst.Module)
     if change.found:

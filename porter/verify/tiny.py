@@ -97,6 +97,8 @@ def shrink(config: PreTrainedConfig, widths: int = 1, /, **overrides: Any) -> Pr
     for name, value in small.items() if widths > 1 else ():
         if value in (HIDDEN, HIDDEN // HEADS) and re.search(f"{_HEAD_DIM}|{_HIDDEN}", name):
             small[name] = value * widths
+    if "is_decoder" in small:
+        small["is_decoder"] = True  # what an encoder's config has to say to be served
     with asked_of_original(f"make a tiny {config.model_type} config", "use --model instead"):
         return type(config)(**{**small, **overrides})
 

@@ -1,6 +1,6 @@
 """Greedy generation through the paged engine, under the pressures of serving, against the original's full forward."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[RequestOutput]:
 
 
 def _judge(subject: Subject, scenario: str, output: RequestOutput, tally: Tally) -> None:
-    tokens = output.outputs[0].token_ids
+    tokens = _unpadded(subject, output.outputs[0].token_ids)
     logits = _logits_after(subject, tuple(output.prompt_token_ids), tuple(tokens))
     wrong = wrong_tokens(torch.tensor(tokens), logits, tie_margin(subject))
     tally.tokens += len(tokens)
@@ -118,6 +118,12 @@ def _judge(subject: Subject, scenario: str, output: RequestOutput, tally: Tally)
     if wrong and not tally.first:
         where = f"{scenario}: prompt of {len(output.prompt_token_ids)}"
         tally.first = f"{where}, {_mistake(tokens, logits, wrong[0])}; look at: {_cause(scenario, wrong[0])}"
+
+
+def _unpadded(subject: Subject, tokens: Sequence[int]) -> list[int]:
+    """Tokens up to the first padding token: after one, originals that count positions around padding go astray."""
+    padding = getattr(subject.config.get_text_config(), "pad_token_id", None)
+    return list(tokens[: tokens.index(padding) + 1] if padding in tokens else tokens)
 
 
 def _logits_after(subject: Subject, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
