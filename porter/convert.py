@@ -174,7 +174,7 @@ class _Work:
         if given:
             facts, self._facts = self._facts, None
             self.counts_positions = True
-            self.counts_positions = looked_up(self.facts().worlds) != given
+            self.counts_positions = not looked_up(self.facts().worlds) <= given
             self._facts = self._facts if self.counts_positions else facts
 
     def facts(self) -> Facts:

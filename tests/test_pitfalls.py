@@ -232,6 +232,42 @@ def test_positions_counted_from_the_mask_do_not_run_on_from_sequence_to_sequence
     assert "cumsum" not in code
 
 
+def test_positions_that_the_file_counts_from_a_padding_id_on_keep_that_start() -> None:
+    """Nobody gives the original positions; it counts from padding_idx + 1 on, and a plain count would be other rows."""
+    code = port(
+        positions="""
+        if position_ids is None:
+            mask = input_ids.ne(self.config.pad_token_id).int()
+            position_ids = (torch.cumsum(mask, dim=1) * mask).long() + self.config.pad_token_id
+        hidden_states = hidden_states + self.embed_positions(position_ids)"""
+    )
+    assert "positions + 1 + self.config.pad_token_id" in code.replace("(", "").replace(")", "")
+    assert "cumsum" not in code
+
+
+def test_a_token_type_that_nobody_gives_is_zero_for_every_token() -> None:
+    code = port(
+        positions="""types = torch.zeros(input_ids.size(), dtype=torch.long, device=input_ids.device)
+        hidden_states = hidden_states + self.embed_positions(types)"""
+    )
+    assert "self.embed_positions(torch.zeros_like(positions))" in code
+
+
+def test_a_variable_called_positions_is_not_taken_for_the_engines() -> None:
+    code = port(
+        positions="""positions = self.embed_positions(position_ids)
+        hidden_states = hidden_states * positions + positions"""
+    )
+    assert "own_positions = self.embed_positions(positions)" in code
+    assert "hidden_states * own_positions + own_positions" in code
+
+
+def test_a_copy_of_the_config_has_what_is_set_on_it_and_the_original_has_not() -> None:
+    helpers = "import copy"
+    with_copy = attention_line(helpers=helpers, arguments="scaling=copy.deepcopy(self.config).attention_multiplier")
+    assert "config.attention_multiplier" in with_copy
+
+
 def test_a_running_sum_over_the_sequence_is_refused() -> None:
     with pytest.raises(Refusal, match="along the sequence"):
         port(positions="hidden_states = torch.cumsum(hidden_states, dim=1)")
