@@ -584,3 +584,17 @@ def test_two_stacks_of_layers_do_not_share_caches() -> None:
     )
     assert "in self.more" in source
     assert caches(source) == []
+
+
+def test_heads_that_a_norm_brings_together_are_not_split_over_ranks() -> None:
+    """Each rank would take the norm over its own heads only."""
+    plain = file()
+    normed = plain.replace(
+        "return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))",
+        "return self.o_proj(self.sub_norm(output.reshape(*hidden_states.shape[:-1], -1)))",
+    ).replace(
+        "        self.q_proj =", "        self.sub_norm = nn.LayerNorm(config.hidden_size)\n        self.q_proj ="
+    )
+    assert normed.count("sub_norm") == 2
+    converted = [convert(Source("modeling_pine.py", text, Path("modeling_pine.py"))).code for text in (plain, normed)]
+    assert ["QKVParallelLinear(" in code for code in converted] == [True, False]

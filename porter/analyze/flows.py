@@ -43,6 +43,8 @@ ELEMENTWISE = frozenset(
 )
 RESHAPES = frozenset(["view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "shard", "piece", "getitem"])
 
+_REDUCING = frozenset(["mean", "sum", "layer_norm", "rms_norm", "softmax", "norm", "var", "amax", "matmul"])
+
 
 class Flows:
     """The uses of every tensor of one path."""
@@ -130,12 +132,28 @@ def mixes_features(value: Tensor, source: Tensor, width: object) -> bool:
             continue
         if inner.op == "permute":
             return True
-        if inner.op in ("mean", "sum", "layer_norm", "rms_norm", "softmax", "norm", "var", "amax", "matmul"):
+        if inner.op in _REDUCING:
             seen = inner.args[0]
             if isinstance(seen, Tensor) and seen.shape and seen.shape[-1] != width:
                 return True
         if inner.op == "parameter" and inner.shape and (len(inner.shape) > 1 or inner.shape[-1] != width):
             return True
+    return False
+
+
+def heads_meet(flows: Flows, value: Tensor, width: object) -> bool:
+    """Whether a norm or a sum over more than one head comes before the linear that an attention's output goes into."""
+    seen: set[int] = set()
+    todo: list[Value] = [value]
+    while todo:
+        for use in flows.uses[id(todo.pop())]:
+            if id(use) in seen or use.op == "linear" or not isinstance(use, Tensor):
+                continue
+            seen.add(id(use))
+            over = use.args[0]
+            if use.op in _REDUCING and isinstance(over, Tensor) and over.shape and over.shape[-1] != width:
+                return True
+            todo += [use] if use.op in ELEMENTWISE | RESHAPES else []
     return False
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.analyze.facts import Facts, World
-from porter.analyze.flows import layer_of, mixes_features, tensors_behind
+from porter.analyze.flows import Flows, heads_meet, layer_of, mixes_features, tensors_behind
 from porter.analyze.poly import Poly, product
 from porter.analyze.values import Scalar, Tensor, Value
 from porter.passes import edit
@@ -140,7 +140,7 @@ def _linear_behind(value: Value) -> Tensor | None:
 def _trio(facts: Facts, node: cst.Call, function: cst.FunctionDef) -> Trio | None:
     """The three linears of a call, if they share their input, sharding by heads is safe, and biases agree."""
     result: Trio | None = None
-    for _, value in _attention(facts, node):
+    for world, value in _attention(facts, node):
         linears = [_linear_behind(v) for v in _inputs(value)]
         if len(linears) != 3 or any(v is None for v in linears):
             return None
@@ -156,6 +156,8 @@ def _trio(facts: Facts, node: cst.Call, function: cst.FunctionDef) -> Trio | Non
             return None  # something else is projected along
         dim = _head_dim(value)
         if any(mixes_features(q, v, dim) for q, v in zip(_inputs(value), known, strict=True)):
+            return None
+        if heads_meet(Flows(world), value, dim):
             return None
         names = [x.path.rsplit(".", 1)[-1] for x in layers if x is not None]
         result = Trio(node, function, known, names)
