@@ -174,7 +174,12 @@ class _Work:
         if given:
             facts, self._facts = self._facts, None
             self.counts_positions = True
-            self.counts_positions = not looked_up(self.facts().worlds) <= given
+            try:
+                self.counts_positions = not looked_up(self.facts().worlds) <= given
+            except Refusal as refusal:
+                if "None" not in refusal.why:
+                    raise
+                self.counts_positions = False  # arithmetic with None: the original needs them given
             self._facts = self._facts if self.counts_positions else facts
 
     def facts(self) -> Facts:
