@@ -118,6 +118,9 @@ def verify(
         typer.Option(help="Tensor-parallel size to compare with 1; default: a small one that divides."),
     ] = None,
     port: PortFile = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A recording of the original, made by the script of `porter reference`.")
+    ] = None,
     json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML page.")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -132,8 +135,21 @@ def verify(
     from porter import commands
     from porter.verify.request import Request
 
-    request = Request(subject, model, random, dtype, tuple(tp or ()), port, trust_remote_code, engine, vllm_python)
+    request = Request(
+        subject, model, random, dtype, tuple(tp or ()), port, trust_remote_code, engine, vllm_python, reference
+    )
     raise typer.Exit(commands.verify(request, json, html))
+
+
+@app.command()
+def reference(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the script goes.")] = Path("reference.py"),
+    force: Force = False,
+) -> None:
+    """Write a script that records an original where its own transformers runs, for `porter verify --reference`."""
+    from porter import commands
+
+    commands.reference(out, force)
 
 
 @app.command()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porter import console, registry
-from porter.errors import CheckFailed, UsageError, explained_config
+from porter.atomic import write_files
+from porter.errors import CheckFailed, EditedError, UsageError, explained_config
 from porter.manifest import MANIFEST, Port, dumps, read_port, write_port
 
 if TYPE_CHECKING:
@@ -157,6 +158,20 @@ def vllm_env(folder: Path | None, version: str, cpu: bool) -> None:
         python = environment.make(folder, version, cpu)
     console.result(str(python))
     console.say("`porter verify --engine vllm` uses it from now on")
+
+
+def reference(out: Path, force: bool) -> None:
+    """`porter reference`."""
+    with console.progress("loading torch and transformers", None):
+        from porter.verify.recorded import script
+
+        text = script()
+    if out.exists() and not force and out.read_text(encoding="utf-8") != text:
+        raise EditedError(out)
+    write_files(out.parent, {out.name: text})
+    console.result(str(out))
+    console.say(f"next, with the model's own transformers: python {out.name} FOLDER --out reference.safetensors")
+    console.say("then: porter verify SOURCE --model FOLDER --reference reference.safetensors")
 
 
 def register(path: Path, force: bool) -> None:

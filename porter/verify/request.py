@@ -14,7 +14,8 @@ class Request:
     """`subject` is a port, a source or a model type; either `model` (real weights) or `random` is given.
 
     `engine` is what runs the port: porter's runtime, or the vLLM of `vllm_python`. `tp` are the sizes to compare with
-    1; empty: the smallest that divides the model's heads.
+    1; empty: the smallest that divides the model's heads. `reference` is a recording of the original, for
+    code that does not run here.
     """
 
     subject: str | None = None
@@ -26,6 +27,7 @@ class Request:
     trust_remote_code: bool = False
     engine: str = "porter"
     vllm_python: Path | None = None
+    reference: Path | None = None
 
     @property
     def target(self) -> str:
@@ -39,6 +41,7 @@ class Request:
         words += ["--random"] if self.random else [f"--model {self.model}"]
         words += [f"--dtype {self.dtype}"] if self.dtype != "float32" else []
         words += [*(f"--tp {size}" for size in self.tp), *([f"--port {self.port}"] if self.port else [])]
+        words += [f"--reference {self.reference}"] if self.reference else []
         return " ".join([*words, *(["--trust-remote-code"] if self.trust_remote_code else [])])
 
     def __post_init__(self) -> None:
@@ -49,5 +52,7 @@ class Request:
             raise UsageError("verify needs weights, real or random", "pass either --model FOLDER or --random")
         if self.random and self.subject is None and self.port is None:
             raise UsageError("--random needs something to verify", "name a port, a modeling file or a model type")
+        if self.reference is not None and (self.random or self.dtype != "float32"):
+            raise UsageError("--reference holds one float32 run on real weights", "pass --model FOLDER --dtype float32")
         if any(size < 2 for size in self.tp):
             raise UsageError("--tp takes sizes of 2 or more", "every other check already runs with 1")

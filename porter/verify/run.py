@@ -22,6 +22,7 @@ from porter.runtime.model_registry import load_port
 from porter.verify.checks import generation, ledger, logits, matrix, modules, parallel, quantized
 from porter.verify.limits import untested
 from porter.verify.prompts import random_prompts, text_prompts
+from porter.verify.recorded import load_recorded
 from porter.verify.reference import quiet_transformers
 from porter.verify.request import Request
 from porter.verify.result import Case, Check, Verification
@@ -74,9 +75,12 @@ def few_threads(tiny: bool) -> Iterator[None]:
 def _real_case(plan: _Plan) -> Case:
     folder = resolve_model(str(plan.request.model))
     config = load_config(folder, plan.request.trust_remote_code)
-    prompts = text_prompts(folder, config, plan.request.trust_remote_code)
+    recording = plan.request.reference
+    recorded = load_recorded(recording) if recording is not None else None
+    prompts = recorded.prompts if recorded else text_prompts(folder, config, plan.request.trust_remote_code)
     sizes = plan.request.tp or (smallest_tp(config),)
-    return run_case("real weights", {}, _subject(plan, folder, config, prompts, sizes), plan.told)
+    subject = replace(_subject(plan, folder, config, prompts, sizes), recorded=recorded)
+    return run_case("real weights", {}, subject, plan.told)
 
 
 def _random_cases(plan: _Plan) -> Iterator[Case]:
@@ -112,7 +116,14 @@ def random_subject(
 def _subject(plan: _Plan, folder: Path, config: Any, prompts: list[list[int]], sizes: tuple[int, ...]) -> Subject:
     request = plan.request
     return Subject(
-        folder, plan.port.path, plan.port_class, config, request.dtype, prompts, sizes, request.trust_remote_code
+        folder,
+        plan.port.path,
+        plan.port_class,
+        config,
+        request.dtype,
+        prompts,
+        sizes,
+        request.trust_remote_code,
     )
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from porter.runtime.config import DTYPES
+from porter.verify.compare import Originals, originals
 from porter.verify.port_run import PortRun, load_port_weights, new_port, port_logits, run_port
-from porter.verify.reference import ReferenceRun, load_reference, run_reference
+from porter.verify.recorded import Recorded
+from porter.verify.reference import ReferenceRun, full_logits, load_reference, run_reference
 from porter.verify.schedule import Schedule
 from porter.verify.tolerances import Tolerance, tolerance
 
@@ -32,6 +34,7 @@ class Subject:
     prompts: list[list[int]]
     tp: tuple[int, ...] = (2,)
     trust_remote_code: bool = False
+    recorded: Recorded | None = None
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -63,7 +66,26 @@ class Subject:
 
     @property
     def reference_run(self) -> ReferenceRun:
+        if self.recorded is not None:
+            return self.recorded.run
         return self.memo("reference_run", lambda: run_reference(self.reference, self.prompts))
+
+    @property
+    def original_calls(self) -> Originals:
+        """The calls of the original's modules that hold parameters."""
+        if self.recorded is not None:
+            return self.recorded.run.trace.by_module()
+        return originals(self.reference_run.trace, self.reference)
+
+    def logits_after(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
+        """The original's logits that each of `tokens` was to be chosen from; a recording ends at the first other."""
+        if self.recorded is not None:
+            return self.recorded.logits_after(prompt, tokens)
+        known: dict[tuple[int, ...], torch.Tensor] = self.memo("logits_after", dict)
+        ids = prompt + tokens[:-1]
+        if ids not in known:
+            known[ids] = full_logits(self.reference, list(ids))[len(prompt) - 1 :]
+        return known[ids]
 
     @property
     def rounded_run(self) -> ReferenceRun:

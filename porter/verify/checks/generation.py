@@ -10,7 +10,6 @@ from porter.runtime.engine import LLM
 from porter.runtime.outputs import RequestOutput
 from porter.runtime.sampling import SamplingParams
 from porter.verify.checks.logits import tie_margin, tolerated, wrong_tokens
-from porter.verify.reference import full_logits
 from porter.verify.result import Check
 from porter.verify.subject import Subject
 
@@ -111,7 +110,8 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[RequestOutput]:
 
 def _judge(subject: Subject, scenario: str, output: RequestOutput, tally: Tally) -> None:
     tokens = _unpadded(subject, output.outputs[0].token_ids)
-    logits = _logits_after(subject, tuple(output.prompt_token_ids), tuple(tokens))
+    logits = subject.logits_after(tuple(output.prompt_token_ids), tuple(tokens))
+    tokens = tokens[: len(logits)]
     wrong = wrong_tokens(torch.tensor(tokens), logits, tie_margin(subject))
     tally.tokens += len(tokens)
     tally.wrong += len(wrong)
@@ -124,15 +124,6 @@ def _unpadded(subject: Subject, tokens: Sequence[int]) -> list[int]:
     """Tokens up to the first padding token: after one, originals that count positions around padding go astray."""
     padding = getattr(subject.config.get_text_config(), "pad_token_id", None)
     return list(tokens[: tokens.index(padding) + 1] if padding in tokens else tokens)
-
-
-def _logits_after(subject: Subject, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
-    """The original's logits `[len(tokens), vocab]` that each of `tokens` was to be chosen from."""
-    known: dict[tuple[int, ...], torch.Tensor] = subject.memo("logits_after", dict)
-    key = prompt + tokens[:-1]
-    if key not in known:
-        known[key] = full_logits(subject.reference, list(key))[len(prompt) - 1 :]
-    return known[key]
 
 
 def _met(scenario: Scenario, llm: LLM, outputs: list[RequestOutput]) -> bool:

@@ -62,8 +62,7 @@ def _fused_layout(subject: Subject, comparison: Comparison, culprit: ModuleError
 
 def _compare(subject: Subject) -> Comparison:
     rounded = originals(subject.rounded_run.trace, subject.reference) if subject.half else None
-    original = originals(subject.reference_run.trace, subject.reference)
-    return compare(subject.model, subject.port_run.trace, original, rounded)
+    return compare(subject.model, subject.port_run.trace, subject.original_calls, rounded)
 
 
 def _alone(subject: Subject, comparison: Comparison) -> Comparison:
