@@ -114,6 +114,9 @@ def _convert(source: Source, target: str) -> Conversion:
         raise work.located(refusal) from refusal
     except RecursionError as error:
         raise Refusal(source.name, 1, "the file", "it nests too deeply to follow", "simplify it") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"porter went wrong on it ({type(error).__name__}: {error})"
+        raise Refusal(source.name, 1, "the file", told, "report this file", "P900") from error
     spec = _spec(facts, model, work)
     module, others = package(source, model, code, target)
     return Conversion(module, code, _manifest(source, target, module, code, spec, work, others), spec, others)

@@ -49,6 +49,8 @@ def _complete_somewhere(core: Core, point: Point) -> None:
     before = dict(core.__dict__)
     try:
         complete(core, point)
+    except Unevaluable as error:
+        raise NotUnderstood(f"it goes through {error}, which porter can't follow") from error
     except Inconsistent:
         core.__dict__.update(before)
         fields = {name: float(point.heads) for name in ("num_kv_heads", "num_key_value_heads", "n_head_kv")}

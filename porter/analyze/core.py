@@ -12,6 +12,7 @@ LAYOUT = frozenset(
         "view",
         "reshape",
         "permute",
+        "rearrange",
         "contiguous",
         "unsqueeze",
         "squeeze",

@@ -154,6 +154,12 @@ def _permute(e: Evaluator, v: Tensor) -> Any:
     return np.transpose(e(v.args[0]), v.attrs["order"])
 
 
+@_op("rearrange")
+def _rearrange(e: Evaluator, v: Tensor) -> Any:
+    apart = np.reshape(e(v.args[0]), tuple(int(e.point.size(s)) for s in v.attrs["apart"]))
+    return np.reshape(np.transpose(apart, v.attrs["order"]), e.shape(v))
+
+
 @_op("expand", "broadcast_to", "expand_as")
 def _expand(e: Evaluator, v: Tensor) -> Any:
     return np.broadcast_to(e(v.args[0]), e.shape(v))

@@ -250,8 +250,12 @@ def _helpers(
         return const(False)
     if short in ("get_tensor_model_parallel_world_size",):
         return const(1)
+    if name in ("importlib.util.find_spec", "importlib.find_loader"):
+        return const(None)  # optional packages are absent
     if name.startswith(("torch", "nn.", "F.", "numpy", "np.")):
         return ops.torch_call(run, name, short, args, kwargs, node)
+    if name in ("einops.rearrange", "einops.repeat") and len(args) == 2:
+        return ops.apply(run, short if short == "rearrange" else "unknown", args, kwargs, node)
     if short in ("torch_compilable_check", "warn_once", "deprecate_kwarg"):
         return const(None)
     tensors = tuple(a for a in [*args, *kwargs.values()] if isinstance(a, Tensor))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import libcst as cst
 
-from porter.analyze import ops_compute, ops_create, ops_layout, scalars  # noqa: F401  (registers their rules)
+from porter.analyze import ops_compute, ops_create, ops_einops, ops_layout, scalars  # noqa: F401  (registers their rules)
 from porter.analyze.run import Run
 from porter.analyze.transfer import RULES, Call, build, shape_value
 from porter.analyze.values import Mask, Scalar, Tensor, Value, const

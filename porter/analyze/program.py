@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +10,8 @@ from functools import cached_property
 import libcst as cst
 from libcst.helpers import get_full_name_for_node
 
+# Packages whose names stand for what they compute; other imports in a `try` are taken to fail.
+PRESENT = frozenset({"torch", "transformers", "numpy", "einops", "porter"})
 MODULE_BASES = ("Module", "PreTrainedModel", "GradientCheckpointingLayer", "GenerationMixin")
 
 
@@ -117,10 +120,26 @@ def _flat(body: Sequence[cst.BaseStatement]) -> Iterator[cst.BaseStatement | cst
     for statement in body:
         if isinstance(statement, cst.SimpleStatementLine):
             yield from statement.body
+        elif isinstance(statement, cst.Try) and _needs_absent_package(statement):
+            for handler in statement.handlers:
+                yield from _flat(handler.body.body)
         elif isinstance(statement, cst.If | cst.Try | cst.With) and isinstance(statement.body, cst.IndentedBlock):
             yield from _flat(statement.body.body)
         else:
             yield statement
+
+
+def _needs_absent_package(node: cst.Try) -> bool:
+    """Whether a guarded block imports a package that a port never has, so that its `except` is what runs."""
+    small = [s for line in node.body.body if isinstance(line, cst.SimpleStatementLine) for s in line.body]
+    imported = [s for s in small if isinstance(s, cst.Import | cst.ImportFrom)]
+    roots = {
+        name.split(".")[0]
+        for s in imported
+        if not (isinstance(s, cst.ImportFrom) and s.relative)
+        for name in ([full_name(s.module)] if isinstance(s, cst.ImportFrom) else [full_name(a.name) for a in s.names])
+    }
+    return bool(roots - PRESENT - sys.stdlib_module_names)
 
 
 def _read_class(node: cst.ClassDef) -> ClassInfo:

@@ -346,6 +346,8 @@ def extreme(name: str, args: list[Value]) -> Value:
     """max() or min(), decided by sizes where they decide."""
     if len(args) == 1 and isinstance(args[0], Sequence):
         args = list(args[0].items)
+    if not args:
+        return Value(op="unknown", attrs={"why": f"{name}() of nothing"})
     best = args[0]
     for other in args[1:]:
         known = None if _is_window(best, other) else known_truth(compare("GreaterThanEqual", best, other))

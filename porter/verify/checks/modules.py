@@ -136,6 +136,8 @@ def _evidence(subject: Subject, comparison: Comparison, culprit: ModuleError) ->
 
 
 def _cause(subject: Subject, comparison: Comparison, culprit: ModuleError) -> str:
+    if subject.recorded is not None:
+        return "the difference itself: a recording has no modules to try causes on"
     found = _evidence(subject, comparison, culprit)
     original = subject.reference.get_submodule(comparison.names[culprit.module][0])
     port = subject.model.get_submodule(culprit.module)
