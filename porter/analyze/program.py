@@ -122,7 +122,8 @@ def _flat(body: Sequence[cst.BaseStatement]) -> Iterator[cst.BaseStatement | cst
             yield from statement.body
         elif isinstance(statement, cst.Try) and _needs_absent_package(statement):
             for handler in statement.handlers:
-                yield from _flat(handler.body.body)
+                if isinstance(handler.body, cst.IndentedBlock):
+                    yield from _flat(handler.body.body)
         elif isinstance(statement, cst.If | cst.Try | cst.With) and isinstance(statement.body, cst.IndentedBlock):
             yield from _flat(statement.body.body)
         else:

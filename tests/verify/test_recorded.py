@@ -54,8 +54,9 @@ def test_the_script_needs_torch_safetensors_and_transformers_alone() -> None:
 
 
 def test_a_right_port_agrees_with_the_recording(subject: Subject) -> None:
-    assert (modules.check(subject).status, logits.check(subject).status) == ("PASS", "PASS")
-    assert len(modules.check(subject).data["largest"]) > 20
+    found = modules.check(subject)
+    assert (found.status, logits.check(subject).status) == ("PASS", "PASS")
+    assert int(found.figure.split(" over ")[1]) > 20
 
 
 def test_a_port_that_differs_from_the_recording_fails_and_the_module_is_named(subject: Subject) -> None:
