@@ -173,6 +173,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
                         )  # fmt: skip
                         acc += piece * factor[:, None]
         if last:
+            total = tl.where(total > 0, total, 1.0)  # lanes beyond the group have seen nothing
             tl.store(out_ptr + target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     elif split == 0:
         # a row without a sequence: its output is read by what follows, so it must be a number

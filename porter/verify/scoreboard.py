@@ -13,6 +13,7 @@ from porter import __version__
 from porter.atomic import write_files
 from porter.verify.result import Check, Verification
 
+COMMAND = "porter sweep"
 Result = Literal["verified", "refused", "wrong", "unproved", "crashed"]
 RESULTS: tuple[Result, ...] = ("verified", "refused", "wrong", "unproved", "crashed")
 COLUMNS = {"modules": "module error", "logits": "KL", "greedy": "greedy", "tp": "tp", "int8": "int8"}
@@ -81,7 +82,8 @@ def read(out: Path) -> dict[str, Row]:
     """The rows in `out`/scoreboard.json by name, none if other versions made them."""
     file = out / "scoreboard.json"
     table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    rows = table.get("rows", []) if table.get("versions") == versions() else []
+    same = (table.get("command"), table.get("versions")) == (COMMAND, versions())
+    rows = table.get("rows", []) if same else []
     return {row["name"]: Row(**{**row, "tp": tuple(row["tp"])}) for row in rows}
 
 
@@ -93,7 +95,7 @@ def write(out: Path, rows: Sequence[Row]) -> None:
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
     """What scoreboard.json holds."""
-    made = {"command": "porter sweep", "device": "cpu", "versions": versions(), "counts": counts(rows)}
+    made = {"command": COMMAND, "device": "cpu", "versions": versions(), "counts": counts(rows)}
     return {**made, "rows": [asdict(row) for row in rows]}
 
 
