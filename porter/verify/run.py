@@ -30,7 +30,7 @@ from porter.verify.select import Selected, select_port
 from porter.verify.sharding import tp_sizes
 from porter.verify.subject import Subject
 from porter.verify.tiny import model_type_of, shrink, tiny_config, write_checkpoint
-from porter.verify.variants import Variant, unread_fields, variants
+from porter.verify.variants import Variant, of_this_release, unread_fields, variants
 
 Told = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def _random_cases(plan: _Plan) -> Iterator[Case]:
     """The default config, whose original has to run, and its variants, each with fewer checks."""
     config = tiny_config(model_type_of(plan.port.architecture))
     unread = unread_fields(config, plan.port)
-    for variant in variants(config, plan.port.path):
+    for variant in variants(config, plan.port.path, of_this_release(plan.port)):
         is_default = variant.name == "default"
         try:
             with tempfile.TemporaryDirectory(prefix="porter-tiny-") as folder:

@@ -52,12 +52,13 @@ class Variant:
     gain: float = 1.0
 
 
-def variants(config: PreTrainedConfig, port_file: Path) -> list[Variant]:
+def variants(config: PreTrainedConfig, port_file: Path, same_release: bool = True) -> list[Variant]:
     """The default, faint weights, and a variant for each other value of a field that the port or its original reads.
 
-    Whether the original takes the value shows when it is run with it.
+    The original's own fields count only if the port is of the `same_release`: a file of another one may be older than
+    the field. Whether the original takes the value shows when it is run with it.
     """
-    read = fields_read(port_file) | _fields_of_original(config)
+    read = fields_read(port_file) | (_fields_of_original(config) if same_release else frozenset())
     first = [Variant("default"), Variant("faint", _larger_eps(config), _FAINT)]
     return [*first, *_values(config, read), *_flags(config, read), *_ropes(config, read)]
 
@@ -74,6 +75,11 @@ def _larger_eps(config: PreTrainedConfig) -> dict[str, float]:
     return {name: 3 * value for name, value in small.items() if "eps" in name and isinstance(value, float)}
 
 
+def of_this_release(port: Port) -> bool:
+    """Whether a port was made from a file of the installed transformers."""
+    return (port.manifest.get("source") or {}).get("transformers") == version("transformers")
+
+
 def unread_fields(config: PreTrainedConfig, port: Port) -> dict[str, None]:
     """Fields that the config class works out by itself when they are None and that a port of another release ignores.
 
@@ -81,8 +87,7 @@ def unread_fields(config: PreTrainedConfig, port: Port) -> dict[str, None]:
     that field has the value that the class gives it, so it is left to the class. A port of the installed release gets
     no such help.
     """
-    source = port.manifest.get("source") or {}
-    if source.get("transformers") == version("transformers"):
+    if of_this_release(port):
         return {}
     read = fields_read(port.path)
     defaults = {field.name for field in fields(config) if field.default is None} if is_dataclass(config) else set()

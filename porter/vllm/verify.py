@@ -26,7 +26,7 @@ from porter.verify.run import few_threads, smallest_tp
 from porter.verify.select import Selected, select_port
 from porter.verify.subject import Subject
 from porter.verify.tiny import model_type_of, shrink, tiny_config, write_checkpoint
-from porter.verify.variants import Variant, unread_fields, variants
+from porter.verify.variants import Variant, of_this_release, unread_fields, variants
 from porter.vllm import environment
 from porter.vllm.engine import Answer, Job, run_jobs
 
@@ -109,7 +109,7 @@ def _trials(request: Request, port: Port, folder: Path, skipped: list[Case]) -> 
         yield Trial("real weights", subject, {}, request.tp)
         return
     config = tiny_config(model_type_of(port.architecture), WIDTHS)
-    default, *others = variants(config, port.path)
+    default, *others = variants(config, port.path, of_this_release(port))
     yield random_trial(port, folder / "default", default, request.dtype, request.tp or (smallest_tp(config),))
     for i, variant in enumerate(v for v in others if "head_dim" not in v.overrides):
         try:

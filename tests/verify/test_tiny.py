@@ -75,3 +75,11 @@ def test_a_flag_brings_what_it_needs(tmp_path: Path) -> None:
     port.write_text("config.use_sliding_window\n")
     variant = {each.name: each for each in variants(tiny_config("qwen2"), port)}["use_sliding_window=True"]
     assert shrink(tiny_config("qwen2"), **variant.overrides).layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_fields_that_only_another_release_reads_are_no_variants(tmp_path: Path) -> None:
+    port = tmp_path / "port.py"
+    port.write_text("")
+    config = tiny_config("llama")
+    ours, others = ({v.name for v in variants(config, port, same_release=same)} for same in (True, False))
+    assert "attention_bias=True" in ours - others
