@@ -8,8 +8,6 @@ from typer.testing import CliRunner
 
 from porter.cli import app
 
-pytest.importorskip("porter.convert", reason="the converter is not there")
-
 MODEL = Path(__file__).parent / "models" / "acorn" / "modeling_acorn.py"
 ENCODER = """
 from torch import nn
