@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import libcst as cst
@@ -54,6 +55,12 @@ _COMPARE = {
 }
 
 
+@cache
+def _literal(text: str) -> Any:
+    """The value of a number or a string; each is read again on every path."""
+    return ast.literal_eval(text)
+
+
 class Expressions(Calls):
     """The value of an expression, by the kind of its node."""
 
@@ -74,12 +81,12 @@ class Expressions(Calls):
         return self.lookup(node.value)
 
     def _ev_Integer(self, node: cst.Integer | cst.Float) -> Value:
-        return const(node.evaluated_value)
+        return const(_literal(node.value))
 
     _ev_Float = _ev_Integer
 
     def _ev_SimpleString(self, node: cst.SimpleString) -> Value:
-        return const(ast.literal_eval(node.value))
+        return const(_literal(node.value))
 
     def _ev_ConcatenatedString(self, node: cst.ConcatenatedString) -> Value:
         return Scalar(op="string", text="<string>")

@@ -4,11 +4,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +19,6 @@ from porter.source import causal_lm_types, load
 from porter.verify.scoreboard import Row, compared, proved
 
 LIMIT_SECONDS = 600
-_TASKS_PER_PROCESS = 12  # what torch and libcst keep in memory goes with the process
 
 
 class _TooLong(Exception):
@@ -53,20 +53,60 @@ def _row_name(file: Path) -> str:
 
 
 def sweep(listed: Mapping[str, str], jobs: int) -> Iterator[Row]:
-    """A row for each source, in the order in which they are done; each has a process for as long as it takes."""
-    todo = dict(listed)
-    while todo:
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=_TASKS_PER_PROCESS) as pool:
-            running = {pool.submit(score, name, source): name for name, source in todo.items()}
-            try:
-                for done in as_completed(running):
-                    row = done.result()
-                    del todo[running[done]]
-                    yield row
-            except BrokenProcessPool:
-                lost = next(name for future, name in running.items() if name in todo and future.done())
-                yield Row(lost, todo.pop(lost), "crashed", reason="its process died (out of memory?)")
+    """A row for each source, in the order in which they are done.
+
+    Each source has a process of its own, forked from one that has imported what all need: what torch and libcst keep
+    in memory goes with the process, and one that dies takes nothing else along.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["porter.convert", "porter.verify.run", "transformers.models.auto.modeling_auto"])
+    todo = iter(listed.items())
+    running: dict[Connection, _Job] = {}
+    try:
+        while True:
+            while len(running) < jobs and (following := next(todo, None)):
+                job = _Job.start(context, *following)
+                running[job.answer] = job
+            if not running:
+                return
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                yield running.pop(ready).row()
+    finally:
+        for job in running.values():
+            job.process.terminate()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A source that is being scored in its own process."""
+
+    name: str
+    source: str
+    process: BaseProcess
+    answer: Connection
+
+    @classmethod
+    def start(cls, context: ForkServerContext, name: str, source: str) -> "_Job":
+        answer, given = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(given, name, source))
+        process.start()
+        given.close()
+        return cls(name, source, process, answer)
+
+    def row(self) -> Row:
+        """What the process found; its death is a row too."""
+        try:
+            row: Row = self.answer.recv()
+        except EOFError:
+            row = Row(self.name, self.source, "crashed", reason="its process died (out of memory?)")
+        self.answer.close()
+        self.process.join()
+        return row
+
+
+def _answer(given: Connection, name: str, source: str) -> None:
+    given.send(score(name, source))
 
 
 def score(name: str, source: str) -> Row:
