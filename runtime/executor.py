@@ -31,7 +31,9 @@ class Worker:
 
     def __init__(self, rank: int, config: EngineConfig, init_method: str) -> None:
         self.rank = rank
-        context = multiprocessing.get_context("spawn")
+        # A process that came from a fork server gets its ranks from there: what they import is imported already
+        forked = multiprocessing.get_start_method(allow_none=True) == "forkserver"
+        context = multiprocessing.get_context() if forked else multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         args = (rank, replace(config, load_progress=None), init_method, theirs)
         self.process = context.Process(target=worker_main, args=args, name=f"porter-rank-{rank}", daemon=True)
