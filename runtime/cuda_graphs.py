@@ -93,7 +93,7 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Any, kv_caches: list[torch.Tensor], config: EngineConfig, last_tokens: torch.Tensor
+        self, model: Any, kv_caches: list[torch.Tensor | None], config: EngineConfig, last_tokens: torch.Tensor
     ) -> None:
         self._model, self._kv_caches, self._config, self._last_tokens = model, kv_caches, config, last_tokens
         max_blocks = -(-config.max_model_len // config.block_size)

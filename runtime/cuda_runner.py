@@ -12,6 +12,7 @@ from porter.kernels.sample_tokens import sample_tokens
 from porter.runtime.config import EngineConfig
 from porter.runtime.cuda_graphs import DecodeGraphs
 from porter.runtime.deferred import materialize
+from porter.runtime.layers.state import keeps_states
 from porter.runtime.model_runner import Launched, ModelRunner, PromptTargets, StepOutput, dummy_step
 from porter.runtime.sampling import LogprobsTensors, SamplingMetadata
 from porter.runtime.sampling_batch import PlainSampling
@@ -52,9 +53,10 @@ class CudaRunner(ModelRunner):
         self.kv_caches = []
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache, then record the decode steps on it (unless `enforce_eager`)."""
+        """Make the KV cache, then record the decode steps on it (unless `enforce_eager`). Layers with states sort a
+        step's sequences on the host, which a graph can't hold."""
         super().allocate(num_blocks)
-        if not self.config.enforce_eager:
+        if not self.config.enforce_eager and not keeps_states(self.model):
             self.graphs = self._captured()
         # a collection of Python's would walk the whole model in the middle of a step
         gc.collect()

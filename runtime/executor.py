@@ -122,8 +122,8 @@ class Executor:
         return self._runner.model
 
     @property
-    def kv_caches(self) -> list[torch.Tensor]:
-        """Rank 0's part of the KV cache, one entry per attention layer."""
+    def kv_caches(self) -> list[torch.Tensor | None]:
+        """Rank 0's part of the KV cache, one entry per attention layer; None for decoder layers without attention."""
         return self._runner.kv_caches
 
     def shutdown(self) -> None:

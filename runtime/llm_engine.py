@@ -14,6 +14,7 @@ from porter.runtime.completion import Completion
 from porter.runtime.config import EngineConfig
 from porter.runtime.errors import RequestError
 from porter.runtime.executor import Executor
+from porter.runtime.layers.state import keeps_states
 from porter.runtime.model_runner import Launched, PromptTargets
 from porter.runtime.outputs import Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from porter.runtime.request_check import check_request
@@ -77,6 +78,9 @@ class LLMEngine:
         num_blocks = self.executor.num_blocks
         if num_blocks * config.block_size < config.max_model_len:
             config = self._shortened(config, num_blocks)
+        keeps = keeps_states(self.executor.model)
+        if keeps:  # what a prefix's blocks hold is not all that comes from the prefix
+            config = replace(config, enable_prefix_caching=False)
         self.config = config
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
@@ -85,7 +89,7 @@ class LLMEngine:
         self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
         # kernels read rows of tables that begin at multiples of 64 bytes
         multiple = 16 if config.device.type == "cuda" else 1
-        self._arrays = BatchArrays(config.max_num_seqs, config.max_model_len, config.block_size, multiple)
+        self._arrays = BatchArrays(config.max_num_seqs, config.max_model_len, config.block_size, multiple, keeps)
         self._requests: dict[str, _Request] = {}
         self._steps: deque[_Step] = deque()
         self._seeds = np.random.default_rng(config.seed)

@@ -21,6 +21,7 @@ class AttentionMetadata:
     max_seqlen_q: int
     max_context_len: int
     num_decodes: int = 0  # so many sequences, at least, from the first on have one new token
+    state_slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # int64 [num_seqs]
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -39,10 +40,12 @@ class AttentionMetadata:
         block_tables: Sequence[Sequence[int]],
         block_size: int,
         device: torch.device | str | None = None,
+        state_slots: Sequence[int] | None = None,
     ) -> "AttentionMetadata":
         """The step that runs the last query_lens[i] of sequence i's context_lens[i] tokens.
 
-        block_tables[i] holds at least ceil(context_lens[i] / block_size) block ids.
+        block_tables[i] holds at least ceil(context_lens[i] / block_size) block ids. Layers with states keep those of
+        sequence i in state_slots[i], by default i.
         """
         slots = [
             table[position // block_size] * block_size + position % block_size
@@ -59,4 +62,7 @@ class AttentionMetadata:
             max_seqlen_q=max(query_lens, default=0),
             max_context_len=max(context_lens, default=0),
             num_decodes=len(list(takewhile(lambda count: count == 1, query_lens))),
+            state_slots=torch.tensor(
+                range(len(query_lens)) if state_slots is None else state_slots, dtype=torch.int64, device=device
+            ),
         )

@@ -17,6 +17,7 @@ from porter.runtime.config import EngineConfig
 from porter.runtime.deferred import materialize
 from porter.runtime.layers.linear import LinearMethod
 from porter.runtime.layers.packing import pack_weights
+from porter.runtime.layers.state import state_bytes
 from porter.runtime.loader import build_port
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_registry import load_port
@@ -64,19 +65,20 @@ class ModelRunner:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.model: Any = _build_model(config)
-        self.attention_layers = list(_attention_layers(self.model))
-        self.kv_caches: list[torch.Tensor] = []
+        self.attention_layers = list(attention_layers(self.model))
+        self.kv_caches: list[torch.Tensor | None] = []
 
     def num_blocks_in_memory(self) -> int:
         """How many blocks fit: what is left of a GPU, or an eighth of the memory (4 GiB at most) on a CPU."""
         config = self.config
-        shapes = [layer.cache_shape(1, config.block_size) for layer in self.attention_layers]
+        shapes = [layer.cache_shape(1, config.block_size) for layer in self.attention_layers if layer is not None]
         block_bytes = sum(int(np.prod(shape)) for shape in shapes) * config.dtype.itemsize
         if config.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(config.device)
             memory = free - int(total * (1 - config.gpu_memory_utilization))
         else:
             memory = min(_physical_memory() // 8, _CPU_CACHE_BYTES) // config.tensor_parallel_size
+        memory -= config.max_num_seqs * state_bytes(self.model)
         most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         return max(min(memory // max(block_bytes, 1), most_useful), 0)
 
@@ -91,11 +93,13 @@ class ModelRunner:
         """Make the KV cache."""
         self.kv_caches = self.make_caches(num_blocks)
 
-    def make_caches(self, num_blocks: int) -> list[torch.Tensor]:
+    def make_caches(self, num_blocks: int) -> list[torch.Tensor | None]:
         """A cache for each attention layer; zeros, so that no stale NaN can enter a masked product."""
-        config = self.config
-        shapes = [layer.cache_shape(num_blocks, config.block_size) for layer in self.attention_layers]
-        return [_zeros(shape, config.dtype, config.device) for shape in shapes]
+        return [layer and self._make_cache(layer, num_blocks) for layer in self.attention_layers]
+
+    def _make_cache(self, layer: Any, num_blocks: int) -> torch.Tensor:
+        shape = layer.cache_shape(num_blocks, self.config.block_size)
+        return _zeros(shape, self.config.dtype, self.config.device)
 
     def launch(
         self,
@@ -173,12 +177,16 @@ def _fill_with_noise(model: nn.Module, seed: int) -> None:
             tensor.uniform_(-1e-3, 1e-3, generator=generator)
 
 
-def _attention_layers(module: nn.Module) -> Iterator[Any]:
+def attention_layers(module: nn.Module) -> Iterator[Any]:
+    """The layers that have a cache of keys and values, in order; None for each decoder layer without one, so that
+    decoder layers can count caches as they count themselves."""
     if hasattr(module, "cache_shape"):
         yield module
         return
-    for child in module.children():
-        yield from _attention_layers(child)
+    found = [list(attention_layers(child)) for child in module.children()]
+    spaced = isinstance(module, nn.ModuleList) and any(found)
+    for layers in found:
+        yield from layers or [None] * spaced
 
 
 @contextmanager

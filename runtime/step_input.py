@@ -41,7 +41,8 @@ def unpack(buffer: torch.Tensor, device: torch.device) -> StepInput:
     split = 8 * (3 * num_tokens + num_rows)
     wide, narrow = data[:split].view(torch.int64), data[split:].view(torch.int32)
     input_ids, positions, slot_mapping, logits_rows = torch.split(wide, [num_tokens, num_tokens, num_tokens, num_rows])
-    context_lens, cu_seqlens_q, tables = torch.split(narrow, [num_seqs, num_seqs + 1, num_seqs * max_blocks])
+    sizes = [num_seqs, num_seqs + 1, num_seqs * max_blocks]
+    context_lens, cu_seqlens_q, tables, state_slots = torch.split(narrow, [*sizes, len(narrow) - sum(sizes)])
     metadata = AttentionMetadata(
         slot_mapping=slot_mapping,
         block_tables=tables.view(num_seqs, max_blocks),
@@ -50,6 +51,7 @@ def unpack(buffer: torch.Tensor, device: torch.device) -> StepInput:
         max_seqlen_q=max_seqlen_q,
         max_context_len=max_context_len,
         num_decodes=num_decodes,
+        state_slots=state_slots.long(),
     )
     return StepInput(input_ids, positions, metadata, logits_rows, num_sampled)
 
@@ -63,10 +65,19 @@ def is_decode(buffer: npt.NDArray[np.uint8]) -> bool:
 class BatchArrays:
     """Token ids and block tables of the running sequences, one row each, so that a step is cut out by indexing."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, table_multiple: int = 1) -> None:
-        """table_multiple: block tables are padded to such a multiple of columns."""
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        table_multiple: int = 1,
+        keeps_states: bool = False,
+    ) -> None:
+        """table_multiple: block tables are padded to such a multiple of columns. keeps_states: steps say which slot the
+        states of each sequence have, which is its row."""
         self.block_size = block_size
         self._table_multiple = table_multiple
+        self._keeps_states = keeps_states
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size) + table_multiple), dtype=np.int32)
@@ -134,7 +145,8 @@ class BatchArrays:
             cu_seqlens[1:][sampled] - 1,
             prompt_rows,
         )
-        narrow = (context_lens, cu_seqlens, self._block_tables[rows, :max_blocks].ravel())
+        narrow = [context_lens, cu_seqlens, self._block_tables[rows, :max_blocks].ravel()]
+        narrow += [rows] * self._keeps_states
         return np.concatenate(
             [np.concatenate(wide, dtype=np.int64).view(np.uint8), np.concatenate(narrow, dtype=np.int32).view(np.uint8)]
         )

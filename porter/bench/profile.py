@@ -117,7 +117,7 @@ def _floors(llm: LLM, batch: int, context: int) -> Floors:
     heads = {id(module.weight) for module in modules if isinstance(module, ParallelLMHead)}
     embeddings = {id(module.weight) for module in modules if isinstance(module, VocabParallelEmbedding)}
     used = [p for p in executor.model.parameters() if id(p) not in embeddings - heads]
-    per_token = sum(cache[:, 0, 0].numel() * cache.element_size() for cache in executor.kv_caches)
+    per_token = sum(cache[:, 0, 0].numel() * cache.element_size() for cache in executor.kv_caches if cache is not None)
     bytes_read = sum(p.numel() * p.element_size() for p in used) + batch * context * per_token
     device, dtype = llm.llm_engine.config.device, llm.llm_engine.config.dtype
     return Floors(bytes_read, 2 * batch * sum(p.numel() for p in used), *_rates(device, dtype))

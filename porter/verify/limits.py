@@ -7,7 +7,7 @@ from porter.verify.result import Case
 def untested(request: Request, cases: tuple[Case, ...], unread: tuple[str, ...] = ()) -> tuple[str, ...]:
     """One line for each thing that was not tested; `unread` are config fields that the port ignores."""
     ignored = [f"values of {name} but the config class's own: the port doesn't read it" for name in unread]
-    found = [*_always(request), *_weights(request), *ignored, *_skipped(cases), *_windows(cases)]
+    found = [*_always(request), *_weights(request), *ignored, *_skipped(cases), *_windows(cases), *_states(cases)]
     return tuple(dict.fromkeys([*found, *_not_compared(cases)]))
 
 
@@ -39,6 +39,11 @@ def _windows(cases: tuple[Case, ...]) -> list[str]:
     data = [check.data for case in cases for check in case.checks]
     windows = {int(each["window_not_reached"]) for each in data if "window_not_reached" in each}
     return [f"the sliding window of {window} tokens: no prompt was longer" for window in sorted(windows)]
+
+
+def _states(cases: tuple[Case, ...]) -> list[str]:
+    kept = any(check.data.get("keeps_states") for case in cases for check in case.checks)
+    return ["shared prefixes: sequences can't share states, and the engine shares no prefix of this port"] * kept
 
 
 def _not_compared(cases: tuple[Case, ...]) -> list[str]:

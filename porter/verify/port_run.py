@@ -1,6 +1,5 @@
 """The port: built, loaded, and run on several prompts, at once or in steps, through paged caches of its own."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 from porter.runtime.checkpoint import iterate_weights
 from porter.runtime.loader import build_port
 from porter.runtime.metadata import AttentionMetadata
-from porter.runtime.model_runner import torch_defaults
+from porter.runtime.model_runner import attention_layers, torch_defaults
 from porter.verify.schedule import BLOCK_SIZE, Schedule, Step, whole
 from porter.verify.trace import Inputs, Trace, bound_arguments, flatten, join, recording
 
@@ -72,7 +71,7 @@ def port_logits(
     return logits if len(steps) == 1 else logits[_prompt_order(prompts, steps)]
 
 
-def _step_logits(model: Any, prompts: list[list[int]], step: Step, caches: list[torch.Tensor]) -> torch.Tensor:
+def _step_logits(model: Any, prompts: list[list[int]], step: Step, caches: list[Any]) -> torch.Tensor:
     tokens = torch.tensor([token for part in step.parts for token in prompts[part.prompt][part.start : part.stop]])
     positions = torch.cat([torch.arange(part.start, part.stop) for part in step.parts])
     metadata = AttentionMetadata.for_sequences(
@@ -80,6 +79,7 @@ def _step_logits(model: Any, prompts: list[list[int]], step: Step, caches: list[
         [part.stop for part in step.parts],
         [list(part.blocks) for part in step.parts],
         BLOCK_SIZE,
+        state_slots=[part.prompt for part in step.parts],
     )
     logits: torch.Tensor = model.compute_logits(model(tokens, positions, caches, metadata)).float()
     return logits
@@ -113,19 +113,11 @@ def replay(
     return state.outputs if state.done else ()
 
 
-def new_caches(model: nn.Module, steps: Schedule, dtype: torch.dtype) -> list[torch.Tensor]:
+def new_caches(model: nn.Module, steps: Schedule, dtype: torch.dtype) -> list[torch.Tensor | None]:
     """One cache an attention layer, full of values that nothing may read before it writes them."""
     num_blocks = 1 + max(block for step in steps for part in step.parts for block in part.blocks)
-    layers = _attention_layers(model)
-    return [torch.full(layer.cache_shape(num_blocks, BLOCK_SIZE), 9.0, dtype=dtype) for layer in layers]
-
-
-def _attention_layers(module: nn.Module) -> Iterator[Any]:
-    if hasattr(module, "cache_shape"):
-        yield module
-    else:
-        for child in module.children():
-            yield from _attention_layers(child)
+    shapes = [layer and layer.cache_shape(num_blocks, BLOCK_SIZE) for layer in attention_layers(model)]
+    return [shape and torch.full(shape, 9.0, dtype=dtype) for shape in shapes]
 
 
 def _replaying(module: nn.Module, inputs: Inputs, num_tokens: int, state: _Replay) -> list[Any]:

@@ -39,15 +39,16 @@ def whole(prompts: list[list[int]]) -> Schedule:
     return (Step(tuple(_part(i, 0, len(prompt), tables) for i, prompt in enumerate(prompts))),)
 
 
-def schedules(prompts: list[list[int]]) -> dict[str, Schedule]:
-    """What serving may do instead, by name."""
-    return {
+def schedules(prompts: list[list[int]], keeps_states: bool = False) -> dict[str, Schedule]:
+    """What serving may do instead, by name; of a port with states no prefix is shared."""
+    found = {
         "decode": _decoded(prompts),
         "chunks": _chunked(prompts),
         "mixed batches": _mixed(prompts),
         "alone": tuple(Step((part,)) for part in whole(prompts)[0].parts),
         "prefix": _prefix(prompts),
     }
+    return {name: steps for name, steps in found.items() if name != "prefix" or not keeps_states}
 
 
 def _tables(prompts: list[list[int]], seed: int = 0) -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from porter.runtime.layers.state import StateMixer, keeps_states
 from porter.verify.compare import compare, logits_error, originals, token_errors
 from porter.verify.port_run import run_port
 from porter.verify.result import Check
@@ -25,7 +26,7 @@ def check(subject: Subject) -> Check:
     """PASS if every schedule gives the logits of one forward at every position; else the module that does not."""
     limit, errors = subject.tolerance.parallel, {}
     expected = subject.port_run.logits
-    for name, steps in schedules(subject.prompts).items():
+    for name, steps in schedules(subject.prompts, keeps_states(subject.model)).items():
         logits = subject.logits(subject.model, steps)
         found = token_errors(logits, expected)
         errors[name] = logits_error(logits, expected, subject.half)
@@ -40,7 +41,13 @@ def check(subject: Subject) -> Check:
             data = {"worst": errors[name], "errors": errors, "culprit": culprit}
             return Check(NAME, "FAIL", f"{errors[name]:.1e}", f"{limit:g}", detail, data)
     worst = max(errors.values())
-    return Check(NAME, "PASS", f"{worst:.1e}", f"{limit:g}", ", ".join(errors), {"worst": worst, "errors": errors})
+    data = {"worst": worst, "errors": errors, **states_kept(subject)}
+    return Check(NAME, "PASS", f"{worst:.1e}", f"{limit:g}", ", ".join(errors), data)
+
+
+def states_kept(subject: Subject) -> dict[str, bool]:
+    """Says of a port with states that no prefix is shared."""
+    return {"keeps_states": True} if keeps_states(subject.model) else {}
 
 
 def _around(subject: Subject, names: list[str]) -> str:
@@ -62,7 +69,8 @@ def _culprit(subject: Subject, steps: Schedule) -> str | None:
 
 
 def _attends(subject: Subject, name: str) -> bool:
-    return any(hasattr(module, "cache_shape") for module in subject.model.get_submodule(name).modules())
+    modules = list(subject.model.get_submodule(name).modules())
+    return any(hasattr(module, "cache_shape") or isinstance(module, StateMixer) for module in modules)
 
 
 def _shared_cache(subject: Subject) -> list[str]:
