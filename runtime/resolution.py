@@ -35,7 +35,7 @@ class WeightRules:
     skip: Sequence[str] = ()  # checkpoint tensors that carry nothing
     renames: Mapping[str, str] = field(default_factory=dict)  # checkpoint path piece: port path piece, in order
     transposed: Sequence[str] = ()  # modules whose checkpoint weight is [in, out]
-    fused: Mapping[str, str] = field(default_factory=dict)  # module: layout of its one q/k/v tensor
+    fused: Mapping[str, str] = field(default_factory=dict)  # module: layout of its one q/k/v tensor, see arrangement
     base_prefix: str = ""  # accepted when a checkpoint lacks it
 
 
@@ -93,7 +93,7 @@ class Target:
     parameter: str
     shard_id: ShardId = None
     transposed: bool = False
-    layout: str | None = None  # "contiguous" | "grouped" | "stacked": how one tensor holds all shards
+    layout: str | None = None  # "stacked", or see arrangement: how one tensor holds all shards
 
 
 @dataclass(frozen=True)
@@ -234,21 +234,32 @@ def split(tensor: torch.Tensor, target: Target, info: ParameterInfo) -> Iterator
         tensor = tensor.t()
     if target.layout is None:
         yield info.parts[target.shard_id], tensor
-    elif target.layout == "grouped":
-        yield from zip(info.parts.values(), _split_grouped(tensor, info), strict=True)
     elif target.layout == "stacked":
         yield from _split_stack(tensor, info)
-    else:
+    elif target.layout == "contiguous":
         rows = [part.shape[0] for part in info.parts.values()]
         yield from zip(info.parts.values(), tensor.split_with_sizes(rows), strict=True)
+    else:
+        yield from _split_groups(tensor, info, target.layout)
 
 
-def _split_grouped(tensor: torch.Tensor, info: ParameterInfo) -> tuple[torch.Tensor, ...]:
-    """Per KV head its query heads, then its key, then its value; also the per-head and the one-KV-head layouts."""
+def arrangement(layout: str, num_kv_heads: int) -> tuple[int, str]:
+    """How many groups of heads one q/k/v tensor has, and the order of the shards in each group.
+
+    "contiguous" is all q, all k, all v; "grouped" is, for each KV head, its query heads, its key and its value; any
+    other layout says both: "4 qvk" is four groups of query heads, values and keys, and "kv kqv" one for each KV head.
+    """
+    groups, order = {"contiguous": "1 qkv", "grouped": "kv qkv"}.get(layout, layout).split()
+    return num_kv_heads if groups == "kv" else int(groups), order
+
+
+def _split_groups(tensor: torch.Tensor, info: ParameterInfo, layout: str) -> Iterator[tuple[Part, torch.Tensor]]:
     assert info.num_kv_heads is not None
-    rows = [part.shape[0] // info.num_kv_heads for part in info.parts.values()]
-    groups = tensor.reshape(info.num_kv_heads, sum(rows), *tensor.shape[1:])
-    return tuple(piece.flatten(0, 1) for piece in groups.split_with_sizes(rows, dim=1))
+    groups, order = arrangement(layout, info.num_kv_heads)
+    rows = [info.parts[shard].shape[0] // groups for shard in order]
+    pieces = tensor.reshape(groups, sum(rows), *tensor.shape[1:]).split_with_sizes(rows, dim=1)
+    for shard, piece in zip(order, pieces, strict=True):
+        yield info.parts[shard], piece.flatten(0, 1)
 
 
 def _split_stack(tensor: torch.Tensor, info: ParameterInfo) -> Iterator[tuple[Part, torch.Tensor]]:

@@ -220,6 +220,31 @@ class PinePositions(nn.Embedding):
     assert "count + self.offset" in code
 
 
+def test_an_offset_that_is_counted_in_another_class_is_added_once() -> None:
+    """Both the sum and what it is looked up with count from 2 on."""
+    helpers = """
+class PineTable(nn.Module):
+    def __init__(self, count, width):
+        super().__init__()
+        self.offset = 2
+        self.weights = nn.Buffer(torch.arange(count + self.offset).float()[:, None] / (torch.arange(width) + 1))
+
+    def forward(self, position_ids):
+        batch, length = position_ids.size()
+        position_ids = position_ids + self.offset
+        return self.weights.index_select(0, position_ids.view(-1)).view(batch, length, self.weights.shape[-1])
+
+"""
+    places = "torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)"
+    code = port(
+        helpers=helpers,
+        table="PineTable(config.max_position_embeddings, config.hidden_size)",
+        positions=f"hidden_states = hidden_states + self.embed_positions({places})",
+    )
+    assert "self.weights.index_select(0, positions + 2)" in code
+    assert code.count("positions +") == 1
+
+
 def test_positions_counted_from_the_mask_do_not_run_on_from_sequence_to_sequence() -> None:
     code = port(
         positions="""

@@ -13,6 +13,7 @@ from porter.analyze.heads import read_heads, read_sources
 from porter.analyze.point import Point, Unevaluable, guess
 from porter.analyze.rotation import read_rotation
 from porter.analyze.scores import from_interface, from_product, softmax_of
+from porter.analyze.settled_sizes import settle
 from porter.analyze.values import Tensor
 
 
@@ -41,7 +42,14 @@ def find_cores(world: World) -> list[Core]:
     point = point_for(world)
     for core in cores:
         _complete_somewhere(core, point)
+        _settle_sizes(core, dict(world.decisions))
     return cores
+
+
+def _settle_sizes(core: Core, taken: dict[str, bool]) -> None:
+    for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
+        size = getattr(core, name)
+        setattr(core, name, settle(size, taken) if size is not None else None)
 
 
 def _complete_somewhere(core: Core, point: Point) -> None:

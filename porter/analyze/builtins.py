@@ -146,7 +146,9 @@ def _zip(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNod
         )
     lists = [a.params["items"] if isinstance(a, Layer) and "items" in a.params else a for a in args]
     items = tuple(run.iterate(a, node or cst.Name("_"))[0][0] for a in lists)
-    return Repeated(op="zip", item=Sequence(op="tuple", items=items, args=items))
+    counts = [a.attrs["count"] for a in lists if a.attrs.get("count") is not None]
+    pair = Sequence(op="tuple", items=items, args=items)
+    return Repeated(op="zip", item=pair, attrs={"count": counts[0]} if counts else {})
 
 
 def _super(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:

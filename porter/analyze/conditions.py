@@ -43,8 +43,10 @@ class Conditions(Run):
         else:
             value = self.eval(node)
             result = self.truth(value, node)
-            if scalars.known_truth(value) is None:
+            if isinstance(value, Scalar) and scalars.known_truth(value) is None:
                 self.world.branches[node].add(not result)
+                key, wanted = scalars.condition(value)
+                self.world.open_tests[node].add((key, result is not wanted, not result))
         self.world.branches[node].add(result)
         return result
 

@@ -71,6 +71,7 @@ _UFUNCS: dict[str, Callable[..., Any]] = {
     "logical_xor": lambda x, y: x.astype(bool) ^ y.astype(bool),
     "bitwise_and": lambda x, y: x & y,
     "bitwise_or": lambda x, y: x | y,
+    "bitwise_xor": lambda x, y: x.astype(int) ^ y.astype(int),
     "where": lambda c, x, y: np.where(c.astype(bool), x, y),
     "masked_fill": lambda x, c, y: np.where(c.astype(bool), y, x),
     "polar": lambda x, y: x * np.exp(1j * y),

@@ -185,6 +185,8 @@ class Expressions(Calls):
                 prefix=left.prefix,
                 mutable=left.mutable,
             )
+        if isinstance(right, Sequence) and name == "mul" and isinstance(left, Scalar):
+            left, right = right, left
         if isinstance(left, Sequence | Repeated) and name == "mul" and isinstance(right, Scalar):
             if isinstance(left, Sequence) and right.known and isinstance(right.const, int):
                 return Sequence(op="repeat", items=left.items * right.const, mutable=left.mutable)
@@ -244,7 +246,9 @@ class Expressions(Calls):
         found, repeat = self._comprehension(node)
         if repeat:
             counted = self.world.values[node.for_in.iter][-1]
-            return Repeated(op="repeat", item=found[0][0], args=counted.args if counted.op == "range" else ())
+            item, count = found[0][0], counted.attrs.get("count")
+            args = counted.args if counted.op == "range" else (item,) if isinstance(item, Tensor) else ()
+            return Repeated(op="repeat", item=item, args=args, attrs={"count": count} if count is not None else {})
         items = tuple(f[0] for f in found)
         return Sequence(op="tuple", args=items, items=items, mutable=True)
 

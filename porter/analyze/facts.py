@@ -31,6 +31,8 @@ class World:
     decisions: tuple[tuple[str, bool], ...] = ()
     values: dict[cst.CSTNode, list[Value]] = field(default_factory=lambda: defaultdict(list))
     branches: dict[cst.CSTNode, set[bool]] = field(default_factory=lambda: defaultdict(set))
+    # (condition, its other truth, the outcome that this would give) of each test that the config decides
+    open_tests: dict[cst.CSTNode, set[tuple[str, bool, bool]]] = field(default_factory=lambda: defaultdict(set))
     calls: list[CallRecord] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from porter.analyze.facts import World
-from porter.analyze.values import Layer, Scalar, Sequence, Tensor, Value
+from porter.analyze.values import Layer, Repeated, Scalar, Sequence, Tensor, Value
 
 ELEMENTWISE = frozenset(
     [
@@ -82,6 +82,8 @@ def _flat_args(value: Value) -> Iterator[Value]:
         if isinstance(arg, Sequence):
             yield from _flat_args(arg)
             yield from arg.items
+        elif isinstance(arg, Repeated):
+            yield arg.item
         else:
             yield arg
 
@@ -116,6 +118,8 @@ def tensors_behind(value: Value, until: frozenset[str]) -> list[Tensor]:
         current = todo.pop()
         if isinstance(current, Sequence) and current.op not in ("shape", "part"):
             todo.extend(current.items)
+        elif isinstance(current, Repeated):
+            todo.append(current.item)
         elif isinstance(current, Tensor) and id(current) not in found:
             found[id(current)] = current
             todo.extend(current.args if current.op not in until else ())
@@ -130,8 +134,8 @@ def mixes_features(value: Tensor, source: Tensor, width: object) -> bool:
     for inner in tensors_behind(value, frozenset({"linear"})):
         if inner is source:
             continue
-        if inner.op == "permute":
-            return True
+        if inner.op == "permute" or (inner.op == "cat" and isinstance(inner.args[0], Repeated)):
+            return True  # the latter: heads one by one, each with a layer of its own
         if inner.op in _REDUCING:
             seen = inner.args[0]
             if isinstance(seen, Tensor) and seen.shape and seen.shape[-1] != width:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def read_sources(core: Core, point: Point) -> None:
         raise NotUnderstood("keys and values have different numbers of heads")
     kv = kept[1].shape[0]
     if one:
-        core.fused = _fused_layout(tables[0], kept[1], kept[2])
+        core.fused = _fused_layout(core, chains, point)
     core.kv_heads = _kv_size(chains[1], int(kv), core, point)
 
 
@@ -135,17 +136,38 @@ def _ungroup(table: Any, heads: int) -> Any:
     return np.asarray(distinct)
 
 
-def _fused_layout(query: Any, key: Any, value: Any) -> str:
-    """How one projection holds q, k and v."""
-    total = np.concatenate([query.ravel(), key.ravel(), value.ravel()])
-    if (total == np.arange(total.size)).all():
-        return "contiguous"
-    groups, dim = key.shape
-    each = query.reshape(groups, -1, dim)
-    per_group = np.concatenate([each, key[:, None], value[:, None]], axis=1)
-    if (per_group.ravel() == np.arange(total.size)).all():
-        return "grouped"
-    raise NotUnderstood("one projection holds q, k and v in an order that is neither contiguous nor grouped by head")
+def _fused_layout(core: Core, chains: list[list[Tensor]], point: Point) -> str:
+    """How one projection holds q, k and v, in the words of the runtime's `arrangement`.
+
+    A number of groups that is not 1 is told from the number of heads by trying twice as many heads.
+    """
+    found = _layouts(core, chains, point)
+    if "1 qkv" not in found:
+        more = _layouts(core, chains, point.doubled())
+        found = [layout for layout in found if layout in more]
+    if not found:
+        raise NotUnderstood("one projection holds q, k and v in an order that is neither contiguous nor in groups")
+    return {"1 qkv": "contiguous", "kv qkv": "grouped"}.get(found[0], found[0])
+
+
+def _layouts(core: Core, chains: list[list[Tensor]], point: Point) -> list[str]:
+    """Every layout that fits at a point, one group first, then one for each KV head."""
+    dims = [int(point.size(d or Poly.const(1))) for d in (core.head_dim, core.head_dim, core.v_head_dim)]
+    tables = [_heads_in(c, c[-1], point, d) for c, d in zip(chains, dims, strict=True)]
+    query, key, value = (_ungroup(t, len(t)) for t in tables)
+    counts = {"1": 1, "kv": len(key)} | {str(n): n for n in range(2, len(key) + 1) if len(key) % n == 0}
+    return [
+        f"{name} {''.join(order)}"
+        for name, groups in counts.items()
+        for order in permutations("qkv")
+        if _is_in_groups({"q": query, "k": key, "v": value}, order, groups)
+    ]
+
+
+def _is_in_groups(tables: dict[str, Any], order: tuple[str, ...], groups: int) -> bool:
+    parts = [tables[shard].reshape(groups, -1) for shard in order]
+    features = np.concatenate(parts, axis=1).ravel()
+    return bool((features == np.arange(features.size)).all())
 
 
 def _kv_size(chain: list[Tensor], kv: int, core: Core, point: Point) -> Poly:

@@ -41,6 +41,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     worlds: list[World] = []
     todo: list[tuple[tuple[str, bool], ...]] = [()]
     failure: Refusal | None = None
+    raising: set[tuple[str, bool]] = set()
     runs = 0
     while todo and runs < PATH_LIMIT:
         prefix = todo.pop()
@@ -49,7 +50,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
         try:
             worlds.append(run.run(entry))
         except Infeasible:
-            pass
+            raising |= set(run.trail)
         except Refusal as refusal:
             failure = failure or refusal
         trail = run.trail
@@ -58,7 +59,18 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
         raise failure
     if not worlds:
         raise Refusal("", 0, entry.name, "every path through its forward raises", "check the file", "P110")
+    if not todo:
+        _forget(worlds, raising - {decision for world in worlds for decision in world.decisions})
     return Facts(program, entry, worlds, complete=not todo)
+
+
+def _forget(worlds: list[World], raising: set[tuple[str, bool]]) -> None:
+    """Tests need not ask for what makes every path of the original raise."""
+    for world in worlds:
+        for node, tests in world.open_tests.items():
+            for condition, truth, outcome in tests:
+                if (condition, truth) in raising and len(tests) == 1:
+                    world.branches[node].discard(outcome)
 
 
 class Interp(Statements):

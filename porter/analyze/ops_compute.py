@@ -7,6 +7,8 @@ from typing import Any
 from porter.analyze import scalars
 from porter.analyze.indexing import sequence_item
 from porter.analyze.poly import HITS, Poly, product
+from porter.analyze.run import Infeasible
+from porter.analyze.settled_sizes import clash
 from porter.analyze.transfer import Call, axis, broadcast, build, rule, shape_of, shape_value
 from porter.analyze.values import ONE, Mask, Repeated, Scalar, Sequence, Shape, Tensor, Value, const, is_none
 
@@ -138,6 +140,7 @@ _PAIRWISE = [
     "fmod",
     "bitwise_and",
     "bitwise_or",
+    "bitwise_xor",
     "rsub",
     "lerp",
     "polar",
@@ -155,7 +158,10 @@ def _pairwise(call: Call) -> Any:
     if call.name in ("ne", "eq") and _asks_for_padding(call):
         filled = "ones" if call.name == "ne" else "zeros"
         return build(filled, (), call.shape, call.node, sizes_only=True, bool=True)
-    shape = broadcast(shape_of(call.args[0]), shape_of(call.args[1]) if len(call.args) > 1 else ())
+    left, right = shape_of(call.args[0]), shape_of(call.args[1]) if len(call.args) > 1 else ()
+    if call.run is not None and clash(left, right, call.run.taken):
+        raise Infeasible
+    shape = broadcast(left, right)
     if call.name in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "greater", "less"):
         return build(call.name, tuple(call.args), shape, call.node, bool=True)
     return shape

@@ -153,7 +153,8 @@ def _split(call: Call) -> Any:
         times = count.number if count is not None else None
         if times is None or times.denominator != 1:
             piece = (*shape[:place], sizes.size, *shape[place + 1 :])
-            return Repeated(op="split", item=build("piece", tuple(call.args), piece, call.node))
+            item = build("piece", tuple(call.args), piece, call.node)
+            return Repeated(op="split", item=item, attrs={"count": count})
         parts = [sizes.size] * int(times)
     else:
         return None
@@ -204,7 +205,7 @@ def _cat(call: Call) -> Any:
     parts = call.args[0]
     number = call.number(1, "dim", 0)
     if isinstance(parts, Repeated):
-        return shape_of(parts.item)
+        return _cat_repeated(parts, number)
     if not isinstance(parts, Sequence) or number is None:
         return None
     shapes = [shape_of(v) for v in parts.items]
@@ -218,6 +219,14 @@ def _cat(call: Call) -> Any:
     for s in known:
         total = total + s[place]
     return (*known[0][:place], total, *known[0][place + 1 :])
+
+
+def _cat_repeated(parts: Repeated, number: int | None) -> Shape | None:
+    shape, count = shape_of(parts.item), parts.attrs.get("count")
+    if not shape or count is None or number is None:
+        return None
+    place = number % len(shape)
+    return (*shape[:place], shape[place] * count, *shape[place + 1 :])
 
 
 @rule("stack")

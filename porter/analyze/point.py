@@ -18,6 +18,7 @@ class Unevaluable(Exception):
     """A value that needs weights, data or an operation without a rule here."""
 
 
+_KV_HEADS = ("kv_head", "key_value_head", "head_kv", "kv_n_head", "query_group")
 # Plausible sizes by the words in a config field's name; only their ratios matter.
 _GUESSES: tuple[tuple[tuple[str, ...], float], ...] = (
     (("layer_idx", "layer_id"), 1),
@@ -27,7 +28,7 @@ _GUESSES: tuple[tuple[tuple[str, ...], float], ...] = (
     (("rotary_dim", "rotary_ndims"), 4),
     (("eps",), 1e-5),
     (("head_dim", "head_size", "kv_channels", "attention_head_dim"), 8),
-    (("kv_head", "key_value_head", "head_kv", "kv_n_head", "query_group"), 2),
+    (_KV_HEADS, 2),
     (("per_tok", "top_k", "topk"), 2),
     (("expert",), 4),
     (("window",), 3),
@@ -44,6 +45,10 @@ def guess(name: str) -> float | None:
     return next((value for words, value in _GUESSES if any(w in name.lower() for w in words)), None)
 
 
+def _counts_kv(name: str) -> bool:
+    return any(w in name for w in _KV_HEADS)
+
+
 class Point:
     """One assignment of numbers to config fields; `heads` sets the head count (6 is no power of two)."""
 
@@ -54,6 +59,14 @@ class Point:
         self.theta = theta
         self.seq = seq
         self.fields = dict(fields or {})
+        self.times = 1
+
+    def doubled(self) -> Point:
+        """The same point with twice as many heads, of keys and values too."""
+        fields = {name: 2 * value if _counts_kv(name) else value for name, value in self.fields.items()}
+        point = Point(2 * self.heads, self.theta, fields, self.seq)
+        point.times = 2 * self.times
+        return point
 
     def field(self, name: str) -> float:
         """The number for a config field, from the words in its name."""
@@ -62,7 +75,7 @@ class Point:
             return self.fields[lower]
         known = guess(lower)
         if known is not None:
-            return self.theta if known == 10000.0 else known
+            return self.theta if known == 10000.0 else known * self.times if _counts_kv(lower) else known
         if "head" in lower:
             return self.heads
         if lower == "base":

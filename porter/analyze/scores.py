@@ -51,12 +51,19 @@ def softmax_of(product: Tensor) -> Tensor | None:
     value: Value = operands[0]
     for _ in range(30):
         if isinstance(value, Tensor) and value.op == "softmax":
+            if value.shape is None:
+                raise NotUnderstood(f"the layout of its scores is unknown{_because(value)}")
             return value if _has_two_token_axes(value) and _is_over_last(value) else None
         if value.op in CASTS or value.op in ("dropout", "view", "reshape"):
             value = value.args[0]
         else:
             return None
     return None
+
+
+def _because(value: Tensor) -> str:
+    reasons = [v.attrs["why"] for v in value.walk() if "why" in v.attrs]
+    return f" ({reasons[-1]})" if reasons else ""
 
 
 def _is_over_last(value: Tensor) -> bool:

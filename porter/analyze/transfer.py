@@ -11,7 +11,7 @@ import libcst as cst
 from porter.analyze import scalars
 from porter.analyze.poly import Poly
 from porter.analyze.run import Run
-from porter.analyze.values import ONE, SYMBOLIC, Scalar, Sequence, Shape, Tensor, Value, const
+from porter.analyze.values import ONE, SYMBOLIC, Repeated, Scalar, Sequence, Shape, Tensor, Value, const
 
 
 @dataclass
@@ -67,7 +67,10 @@ def build(op: str, args: tuple[Value, ...], shape: Shape | None, node: cst.CSTNo
 def _nested(args: tuple[Value, ...]) -> list[Value]:
     flat: list[Value] = []
     for value in args:
-        flat += _nested(value.items) if isinstance(value, Sequence) else [value]
+        if isinstance(value, Sequence | Repeated):
+            flat += _nested(value.items if isinstance(value, Sequence) else (value.item,))
+        else:
+            flat.append(value)
     return flat
 
 

@@ -93,7 +93,10 @@ class Sequence(Value):
 
 @dataclass(eq=False)
 class Repeated(Value):
-    """A list of unknown length with alike elements, such as `nn.ModuleList` over the layers."""
+    """A list of unknown length with alike elements, such as `nn.ModuleList` over the layers.
+
+    `attrs["count"]` is its length as a size, where that is known.
+    """
 
     item: Value = field(default_factory=Value)
 

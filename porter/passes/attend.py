@@ -142,27 +142,40 @@ class _Rewrite(LayerSource):
     # the three inputs
 
     def _projections(self) -> None:
-        found = self.first
-        statements = [edit.enclosing(self.tree, n, cst.SimpleStatementLine) for n in found.sources]
-        if found.core.fused:
+        if self.first.core.fused:
             self.names = [self._bound_name(i, ("query", "key", "value")[i]) for i in range(3)]
-            node = self._fused_call()
-            split = f"{', '.join(self.names)} = {edit.code(node.func)}.split({edit.code(node)})"
-            self._replace(statements[0], [split])
-            return
-        self.names = [self._target(i, statements[i]) for i in range(3)]
-        for statement in dict.fromkeys(statements):
-            made = [
-                f"{self.names[i]} = {edit.code(found.sources[i])}"
-                for i in range(3)
-                if statements[i] is statement and not isinstance(found.sources[i], cst.Name)
-            ]
-            if made:
-                self._replace(statement, made)
+        else:
+            self.names = [self._target(i, self._statement(self.first.sources[i])) for i in range(3)]
+        made: dict[cst.SimpleStatementLine, dict[str, None]] = {}
+        for found in self.group.found:
+            for statement, line in self._split(found) if found.core.fused else self._assigned(found):
+                made.setdefault(statement, {})[line] = None
+        for statement, lines in made.items():
+            self._replace(statement, list(lines))
 
-    def _fused_call(self) -> cst.Call:
+    def _statement(self, node: cst.CSTNode) -> cst.SimpleStatementLine:
+        found: cst.SimpleStatementLine = edit.enclosing(self.tree, node, cst.SimpleStatementLine)
+        return found
+
+    def _split(self, found: Found) -> list[tuple[cst.SimpleStatementLine, str]]:
+        node = self._fused_call(found)
+        return [
+            (
+                self._statement(found.sources[0]),
+                f"{', '.join(self.names)} = {edit.code(node.func)}.split({edit.code(node)})",
+            )
+        ]
+
+    def _assigned(self, found: Found) -> list[tuple[cst.SimpleStatementLine, str]]:
+        return [
+            (self._statement(source), f"{name} = {edit.code(source)}")
+            for name, source in zip(self.names, found.sources, strict=True)
+            if not isinstance(source, cst.Name)
+        ]
+
+    def _fused_call(self, found: Found) -> cst.Call:
         """The call of the one projection of q, k and v."""
-        node = self.first.sources[0]
+        node = found.sources[0]
         if not isinstance(node, cst.Call) or not isinstance(node.func, cst.Attribute):
             raise Refusal(
                 "",

@@ -215,9 +215,14 @@ class LayerSource(TraitSource):
         return fields
 
     def _fuse_projection(self, init: cst.FunctionDef) -> None:
-        node = self.first.sources[0]
-        assert isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute)
-        name = node.func.attr.value
+        nodes = [f.sources[0] for f in self.group.found]
+        names = dict.fromkeys(
+            n.func.attr.value for n in nodes if isinstance(n, cst.Call) and isinstance(n.func, cst.Attribute)
+        )
+        for name in names:
+            self._fuse(init, name, nodes[0])
+
+    def _fuse(self, init: cst.FunctionDef, name: str, node: cst.BaseExpression) -> None:
         layouts = {f.core.fused for f in self.group.found if f.core.kv_heads != Poly.const(1)} or {
             self.first.core.fused
         }

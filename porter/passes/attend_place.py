@@ -11,6 +11,7 @@ from porter.analyze.attention import find_cores
 from porter.analyze.core import Core, NotUnderstood, layout_chain
 from porter.analyze.facts import Facts, World, line_of
 from porter.analyze.rotation import turns
+from porter.analyze.settled_sizes import settle
 from porter.analyze.values import Instance, Sequence, Tensor, Value
 from porter.errors import Refusal
 from porter.passes import edit
@@ -57,6 +58,11 @@ def read_attention(facts: Facts) -> dict[int, list[Core]]:
                 "see porter explain attend for what is understood",
                 "P200",
             ) from error
+    without = [facts.worlds[i] for i, cores in found.items() if not cores]
+    if without and len(without) < len(found):
+        when = " and ".join(k if v else f"not {k}" for k, v in without[0].decisions) or "always"
+        why = f"no attention was found on one of its paths ({when}), but on others there is one"
+        raise Refusal("", 0, facts.entry.name, why, "see porter explain attend for what is understood", "P200")
     return found
 
 
@@ -127,16 +133,17 @@ def _merged_nodes(world: World, core: Core) -> list[tuple[cst.BaseExpression, bo
     whole: list[tuple[cst.BaseExpression, bool]] = []
     apart: list[tuple[cst.BaseExpression, bool]] = []
     assert core.heads is not None and core.v_head_dim is not None
-    width = core.heads * core.v_head_dim
+    width, taken = core.heads * core.v_head_dim, dict(world.decisions)
     for node, values in world.values.items():
         if isinstance(node, cst.Name | cst.Tuple) or not isinstance(node, cst.BaseExpression):
             continue
         for value in values:
             if not isinstance(value, Tensor) or value.shape is None or core.output not in layout_chain(value):
                 continue
-            if value.shape[-1] == width and all(s.has_tokens for s in value.shape[:-1]):
+            shape = [settle(s, taken) for s in value.shape]
+            if shape[-1] == width and all(s.has_tokens for s in shape[:-1]):
                 whole.append((node, True))
-            elif value.shape[-2:] == (core.heads, core.v_head_dim):
+            elif shape[-2:] == [core.heads, core.v_head_dim]:
                 apart.append((node, False))
     return whole or apart
 

@@ -6,7 +6,7 @@ import libcst as cst
 
 from porter.analyze.facts import Facts, line_of
 from porter.analyze.flows import ELEMENTWISE
-from porter.analyze.values import Layer, Scalar, Sequence, Tensor, Value
+from porter.analyze.values import Layer, Repeated, Scalar, Sequence, Tensor, Value
 from porter.passes import edit
 from porter.passes.base import Example, Pass, Stage, Unchanged
 from porter.passes.flat_layout import LAYOUT, apart, flat_size, is_module, layout, receiver, refuse
@@ -216,6 +216,8 @@ def _flatten(facts: Facts, node: cst.CSTNode) -> dict[cst.CSTNode, edit.Edit]:
         and isinstance(v.items[0], Tensor)
         and v.items[0].node is node
     ]
+    split = [v.item for v in values if isinstance(v, Repeated) and v.op == "split"]
+    pieces += [item for item in split if isinstance(item, Tensor) and item.node is node]
     if made:
         return _operation(facts, node, made)
     if pieces:
@@ -311,6 +313,8 @@ def _tensor_in(value: Tensor) -> Tensor | None:
     first: Value = value.args[0]
     if isinstance(first, Sequence) and first.items:
         first = first.items[0]
+    if isinstance(first, Repeated):
+        first = first.item
     return first if isinstance(first, Tensor) else None
 
 

@@ -151,7 +151,8 @@ def _fold_if(facts: Facts, node: cst.If) -> dict[cst.CSTNode, edit.Edit]:
     if always_raises(node.body) and len(outcomes) == 2 and isinstance(node.orelse, cst.Else):
         return {node: lambda updated: _inline(updated.orelse.body, node, nested)}
     last_resort = isinstance(node.orelse, cst.Else) and always_raises(node.orelse.body)
-    if outcomes == {True} or last_resort:
+    alike = isinstance(node.orelse, cst.Else) and edit.code(node.body) == edit.code(node.orelse.body)
+    if outcomes == {True} or last_resort or alike:
         return {node: lambda updated: _inline(updated.body, node, nested)}
     return {}
 

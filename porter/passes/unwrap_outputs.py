@@ -41,6 +41,45 @@ _AFTER = _BEFORE.replace(
     "hidden_states, _ = self.mlp(self.embed(input_ids))",
     "hidden_states = self.mlp(self.embed(input_ids))",
 )
+_BEFORE_2 = """\
+from torch import nn
+
+
+class OakMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.proj(hidden_states), hidden_states
+
+
+class OakBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.mlp = OakMLP(config)
+
+    def forward(self, hidden_states):
+        return self.mlp(hidden_states)
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.block = OakBlock(config)
+
+    def forward(self, input_ids):
+        hidden_states, _ = self.block(self.embed(input_ids))
+        return hidden_states
+"""
+_AFTER_2 = _BEFORE_2.replace(
+    "return self.proj(hidden_states), hidden_states",
+    "return self.proj(hidden_states)",
+).replace(
+    "hidden_states, _ = self.block(self.embed(input_ids))",
+    "hidden_states = self.block(self.embed(input_ids))",
+)
 _UNCHANGED = _BEFORE.replace(
     """\
         hidden_states, _ = self.mlp(self.embed(input_ids))
@@ -58,7 +97,7 @@ class UnwrapOutputs(Pass):
 
     stage = Stage.STRIP
     reason = "callers use only part of the result"
-    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_BEFORE_2, _AFTER_2))
     UNCHANGED = (Unchanged(_UNCHANGED, "the caller uses both items"),)
 
     def apply(self, facts: Facts) -> cst.Module:
@@ -179,8 +218,23 @@ class _Uses:
             self._field(parent)
         elif isinstance(parent, cst.Assign | cst.AnnAssign):
             self._assigned(parent)
+        elif isinstance(parent, cst.Return):
+            self._handed_on(parent)
         else:
             self.items = None
+
+    def _handed_on(self, node: cst.Return) -> None:
+        """`return f(...)`: the callers of a function that does no more use the result in its place."""
+        function = _function_of(self.facts.program.tree, node)
+        assert function is not None
+        sites = [r.site for r in self.facts.calls_of(function) if r.result is self.result]
+        if sum(isinstance(n, cst.Return) for n in edit.walk(function.body)) > 1:
+            self.items = None
+        for site in sites:
+            if self.items is None or not isinstance(site, cst.Call):
+                self.items = None
+                return
+            self._context(edit.parent(self.facts.program.tree, site), site)
 
     def _index(self, node: cst.Subscript) -> None:
         index = node.slice[0].slice

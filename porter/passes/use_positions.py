@@ -89,7 +89,8 @@ def _renames(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
             bound = [r.bound[name] for r in facts.calls_of(function) if name in r.bound]
             if name == "positions" or not bound or not all(v.op == "positions" for v in bound):
                 continue
-            if any(p.name.value == "positions" for p in edit.params_of(function)) or name not in ("position_ids",):
+            taken = {p.name.value for p in edit.params_of(function)} | edit.names_read(function.body)
+            if "positions" in taken or name not in ("position_ids",):
                 continue
             edits.update(_rename(facts, function, name))
     return edits

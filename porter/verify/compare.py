@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from porter.runtime.loader import WeightRules
+from porter.runtime.resolution import arrangement
 from porter.verify.names import NameMap, map_names
 from porter.verify.trace import Call, Inputs, Trace
 
@@ -229,20 +230,22 @@ def _widths(calls: Originals) -> dict[str, int]:
 
 def _arranged(module: Any, fused: str | None, output: torch.Tensor) -> torch.Tensor:
     """A fused q/k/v output that the original keeps by groups of heads, as [all q | all k | all v]."""
-    if fused != "grouped":
+    if fused is None:
         return output
-    per_group = module.num_heads // module.num_kv_heads
-    groups = output.view(len(output), module.num_kv_heads, per_group + 2, module.head_dim)
-    parts = torch.split(groups, [per_group, 1, 1], dim=2)
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+    groups, order = arrangement(fused, module.num_kv_heads)
+    heads = {"q": module.num_heads, "k": module.num_kv_heads, "v": module.num_kv_heads}
+    sizes = [heads[shard] // groups * module.head_dim for shard in order]
+    parts = dict(zip(order, output.view(len(output), groups, -1).split_with_sizes(sizes, dim=2), strict=True))
+    return torch.cat([parts[shard].flatten(1) for shard in "qkv"], dim=1)
 
 
 @contextmanager
 def turned_layout(layer: Any, layout: str) -> Iterator[None]:
-    """Let a fused q/k/v layer return what it would if its weight had been in the other layout than `layout`."""
+    """Let a fused q/k/v layer return what it would if its weight, in `layout`, had been contiguous, else grouped."""
     rows = torch.arange((layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim)[None]
-    order = _arranged(layer, "grouped", rows)[0]  # where each feature of [q | k | v] lies in a grouped weight
-    index = order if layout == "contiguous" else order.argsort()
+    plain = layout == "contiguous"
+    order = _arranged(layer, "grouped" if plain else layout, rows)[0]  # where each feature of [q | k | v] lies
+    index = order if plain else order.argsort()
 
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output[..., index]

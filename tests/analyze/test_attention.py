@@ -419,19 +419,48 @@ def test_heads_side_by_side_in_three_parts_are_grouped() -> None:
     assert only(file(layers=FUSED_LAYERS, project=project)).fused == "grouped"
 
 
-@pytest.mark.parametrize(
-    "project",
-    [
-        LAYOUTS["contiguous"].replace("query, key, value = ", "query, value, key = "),
-        LAYOUTS["grouped"].replace(
-            "self.num_heads, 3, self.head_dim)", "self.num_heads, self.head_dim, 3).transpose(3, 4)"
-        ),
-    ],
-    ids=["value before key", "dims apart"],
-)
-def test_another_layout_of_a_fused_projection_is_refused(project: str) -> None:
-    with pytest.raises(NotUnderstood, match="neither contiguous nor grouped"):
+def test_heads_whose_dims_lie_apart_are_refused() -> None:
+    project = LAYOUTS["grouped"].replace(
+        "self.num_heads, 3, self.head_dim)", "self.num_heads, self.head_dim, 3).transpose(3, 4)"
+    )
+    with pytest.raises(NotUnderstood, match="neither contiguous nor in groups"):
         cores(file(layers=FUSED_LAYERS, project=project))
+
+
+def test_values_before_keys_is_a_layout_of_its_own() -> None:
+    project = LAYOUTS["contiguous"].replace("query, key, value = ", "query, value, key = ")
+    assert only(file(layers=FUSED_LAYERS, project=project)).fused == "1 qvk"
+
+
+BLOCKS = """
+        blocks = self.qkv(hidden_states).reshape(batch, length, {blocks}, -1)
+        query, value, key = torch.split(blocks, self.num_heads * self.head_dim // {blocks}, dim=-1)
+        query = query.reshape(batch, length, -1, self.head_dim).transpose(1, 2)
+        key = key.reshape(batch, length, -1, self.head_dim).transpose(1, 2)
+        value = value.reshape(batch, length, -1, self.head_dim).transpose(1, 2)
+"""
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_blocks_of_heads_are_counted(blocks: int) -> None:
+    """At as many heads as blocks, one block for each head fits too: the number shows at twice as many."""
+    core = only(file(layers=FUSED_LAYERS, project=BLOCKS.format(blocks=blocks)))
+    assert core.fused == f"{blocks} qvk"
+
+
+def test_a_softmax_over_scores_of_unknown_layout_is_refused() -> None:
+    """Otherwise the path would seem to have no attention, and the port would lose its mask."""
+    with pytest.raises(NotUnderstood, match="unfathomable"):
+        cores(file(scores=SCORES + "        scores = torch.unfathomable(scores)\n"))
+
+
+def test_a_window_cut_out_by_exclusive_or() -> None:
+    mask = """(1.0 - torch.bitwise_xor(
+            torch.tril(torch.ones(length, length)), torch.tril(torch.ones(length, length), -self.config.sliding_window)
+        )) * -1e9"""
+    core = only(file(mask=mask))
+    assert core.window is not None
+    assert text(core.window) == "config.sliding_window"
 
 
 def test_heads_in_another_order_are_laid_out_by_the_file() -> None:

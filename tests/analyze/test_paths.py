@@ -3,7 +3,10 @@
 import libcst as cst
 
 from porter.analyze.interp import explore
+from porter.analyze.poly import Poly
 from porter.analyze.program import Program
+from porter.analyze.settled_sizes import settle
+from porter.analyze.values import Tensor
 
 FILE = """
 import torch
@@ -65,3 +68,57 @@ def test_what_skips_a_turn_over_hits_is_no_choice_of_the_config() -> None:
         return hidden_states
 """
     assert decisions(forward) == [{}]
+
+
+TURNED = """
+        heads = hidden_states.view(*hidden_states.shape[:-1], self.config.num_heads, -1)
+        factors = torch.ones(self.config.turned or self.config.hidden_size)
+        if self.config.turned is None:
+            heads = heads * factors
+        else:
+            heads = torch.cat((heads[..., :self.config.turned] * factors, heads[..., self.config.turned:]), -1)
+        return heads.flatten(-2)
+"""
+
+
+def test_a_path_whose_sizes_never_meet_is_not_taken() -> None:
+    """A head times as many factors as there are features: with more than one head the original raises."""
+    assert decisions(TURNED) == [{"config.turned is None": False}]
+
+
+def test_nobody_has_to_ask_for_what_makes_every_path_raise() -> None:
+    program = Program.read(cst.parse_module(FILE.format(forward=TURNED, init="")))
+    (world,) = explore(program).worlds
+    (tests,) = world.open_tests
+    assert world.branches[tests] == {False}
+
+
+def test_sizes_that_are_only_unknown_may_meet() -> None:
+    forward = """
+        if self.config.wide:
+            return hidden_states * torch.ones(self.config.width)
+        return hidden_states
+"""
+    assert len(decisions(forward)) == 2
+
+
+def test_a_size_that_the_config_chooses_is_settled_on_each_path() -> None:
+    taken = {"config.multi_query": True}
+    size = Poly.symbol("(1 if config.multi_query else config.num_heads)") * Poly.symbol("config.head_dim")
+    assert settle(size, taken).text() == "config.head_dim"
+    assert settle(size, {"config.multi_query": False}).text() == "config.head_dim * config.num_heads"
+    assert settle(size, {}) == size
+
+
+def test_joined_pieces_are_as_many_as_were_split() -> None:
+    init = "        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(config.num_heads)])"
+    forward = """
+        heads = hidden_states.view(*hidden_states.shape[:-1], self.config.num_heads, -1)
+        pieces = torch.split(heads, 1, dim=2)
+        return torch.cat([norm(piece) for norm, piece in zip(self.norms, pieces)], dim=2)
+"""
+    (world,) = explore(Program.read(cst.parse_module(FILE.format(forward=forward, init=init)))).worlds
+    assert isinstance(world.result, Tensor)
+    assert world.result.shape is not None
+    assert [s.text() for s in world.result.shape[2:]] == ["config.num_heads", "config.hidden_size // config.num_heads"]
+    assert not world.result.sizes_only

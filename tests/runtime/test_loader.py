@@ -176,20 +176,35 @@ def expected_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-@pytest.mark.parametrize("layout", ["contiguous", "grouped"])
+@pytest.mark.parametrize("layout", ["contiguous", "grouped", "1 vqk", "kv kvq"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_fused_qkv_layouts(size: int, kv_heads: int, layout: str, transposed: bool) -> None:
     columns = HIDDEN + 1
     q, k, v = torch.randn(HEADS, DIM, columns), torch.randn(kv_heads, DIM, columns), torch.randn(kv_heads, DIM, columns)
     if layout == "contiguous":
         fused = torch.cat((q, k, v)).flatten(0, 1)
+    elif layout == "1 vqk":
+        fused = torch.cat((v, q, k)).flatten(0, 1)
     else:
         groups = q.view(kv_heads, HEADS // kv_heads, DIM, columns)
-        fused = torch.cat((groups, k[:, None], v[:, None]), 1).flatten(0, 2)
+        parts = (groups, k[:, None], v[:, None]) if layout == "grouped" else (k[:, None], v[:, None], groups)
+        fused = torch.cat(parts, 1).flatten(0, 2)
     weight, bias = fused[:, :HIDDEN], fused[:, HIDDEN]
     rules = WeightRules(fused={"c_attn": layout}, transposed=("c_attn",) if transposed else ())
     tensors = {"weight": weight.t() if transposed else weight, "bias": bias}
     for found, expected in zip(qkv_of(tensors, rules, size, kv_heads), expected_qkv(q, k, v, size), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_qkv_in_blocks_of_heads(size: int) -> None:
+    """Four blocks, each of its query heads, values and keys, whatever the number of heads."""
+    q, k, v = (torch.randn(HEADS, DIM, HIDDEN + 1) for _ in range(3))
+    blocks = [x.view(4, HEADS // 4, DIM, HIDDEN + 1) for x in (q, v, k)]
+    fused = torch.cat(blocks, 1).flatten(0, 2)
+    tensors = {"weight": fused[:, :HIDDEN], "bias": fused[:, HIDDEN]}
+    rules = WeightRules(fused={"c_attn": "4 qvk"})
+    for found, expected in zip(qkv_of(tensors, rules, size, HEADS), expected_qkv(q, k, v, size), strict=True):
         torch.testing.assert_close(found, expected)
 
 

@@ -6,6 +6,7 @@ import libcst as cst
 
 from porter.analyze.program import ClassInfo, Program
 from porter.analyze.weights import Rules
+from porter.errors import Refusal
 from porter.passes import edit
 from porter.passes.base import Example
 from porter.spec import ModelSpec
@@ -245,6 +246,8 @@ def _spaced(function: cst.FunctionDef) -> cst.FunctionDef:
 
 def _loading(spec: ModelSpec) -> str:
     rules = spec.weights
+    for name in (name for name, layout in rules.fused.items() if layout not in ("contiguous", "grouped")):
+        raise Refusal("", 0, name, "vLLM's loader splits no such layout of q, k and v", "use the native target")
     grouped = tuple(sorted(name for name, layout in rules.fused.items() if layout == "grouped"))
     extra = [f"{k}={v!r}" for k, v in (("transposed", rules.transposed), ("grouped", grouped)) if v]
     return ", ".join(["self", "weights", "self.hf_to_vllm_mapper", "self.packed_modules_mapping", *extra])
