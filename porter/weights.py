@@ -3,8 +3,8 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,6 +139,7 @@ def make_ledger(port: Any, config: Any, folder: Path, headers: Iterable[Header] 
             except WeightError as error:
                 line = Line(header.name, header.shape, "doubled", line.target, error.message)
         lines.append(line)
+    lines = [_given_way(line, filled.gave_way) for line in lines]
     missing, tie = _decide_tie(filled.missing(), rules, config)
     return Ledger(tuple(lines), tuple(missing), tie)
 
@@ -205,6 +206,12 @@ def _line(header: Header, outcome: "Outcome") -> Line:
             why = f"{parameter} needs {list(expected)}, the checkpoint has {list(found)}"
             return Line(header.name, header.shape, "mis-shaped", "", why)
     return Line(header.name, header.shape, "unexpected", "", "no rule and no parameter of the port claims it")
+
+
+def _given_way(line: Line, gave_way: Mapping[str, str]) -> Line:
+    if line.tensor not in gave_way:
+        return line
+    return replace(line, status="excused", target="", why=f"a second name of {gave_way[line.tensor]}, which is there")
 
 
 def _decide_tie(missing: list[str], rules: "WeightRules", config: Any) -> tuple[list[str], str]:

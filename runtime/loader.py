@@ -20,18 +20,28 @@ class Filled:
 
     def __init__(self, index: ParameterIndex) -> None:
         self._index = index
-        self._sources: dict[tuple[str, ShardId], str] = {}
+        self._sources: dict[tuple[str, ShardId], tuple[str, Target]] = {}
+        self.gave_way: dict[str, str] = {}  # a tensor under a second name: the one that has the name itself
 
-    def add(self, name: str, target: Target) -> None:
-        """Count checkpoint tensor `name` in. Raises WeightError if its place is taken."""
+    def add(self, name: str, target: Target) -> bool:
+        """Count checkpoint tensor `name` in: whether it is to be loaded.
+
+        Of two for one place, the one that was renamed gives way. Raises WeightError if neither or both were.
+        """
         parts = self._index.parameters[target.parameter].parts
         for shard_id in [target.shard_id] if target.shard_id in parts else list(parts):
-            previous = self._sources.setdefault((target.parameter, shard_id), name)
-            if previous != name:
+            previous, other = self._sources.setdefault((target.parameter, shard_id), (name, target))
+            if previous == name:
+                continue
+            if other.renamed is target.renamed:
                 raise WeightError(
                     f"checkpoint tensors {previous!r} and {name!r} both fill {target.parameter!r}",
                     "remove one from the checkpoint",
                 )
+            self.gave_way.update({name: previous} if target.renamed else {previous: name})
+            if not target.renamed:
+                self._sources[target.parameter, shard_id] = (name, target)
+        return name not in self.gave_way
 
     def missing(self) -> list[str]:
         """Parameters without a tensor, with the shards they lack where they have others."""
@@ -58,7 +68,8 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], 
         outcome = resolve(name, tensor.shape, rules, index)
         match outcome:
             case Target():
-                filled.add(name, outcome)
+                if not filled.add(name, outcome):
+                    continue
                 _check_dtype(name, tensor, tensors[outcome.parameter])
                 for part, piece in split(tensor, outcome, index.parameters[outcome.parameter]):
                     _load_part(model, outcome.parameter, part, piece)

@@ -4,7 +4,7 @@ The loader and the header-only ledger both ask `resolve`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -94,6 +94,7 @@ class Target:
     shard_id: ShardId = None
     transposed: bool = False
     layout: str | None = None  # "stacked", or see arrangement: how one tensor holds all shards
+    renamed: bool = False  # by a rule; it gives way to the tensor whose own name this is
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def resolve(name: str, shape: Sequence[int], rules: WeightRules, index: Paramete
     for candidate in _candidates(segments, rules):
         found = _locate(candidate, rules, index)
         if found is not None:
-            return _target(segments, candidate, *found, tuple(shape), rules, index)
+            target = _target(segments, candidate, *found, tuple(shape), rules, index)
+            own = _without(rules.base_prefix, candidate) == _without(rules.base_prefix, segments)
+            return target if own or isinstance(target, Misshaped) else replace(target, renamed=True)
     skipped = _matching(segments, ALWAYS_SKIPPED)
     return Unknown() if skipped is None else Skip(skipped)
 
@@ -166,6 +169,10 @@ def _candidates(segments: list[str], rules: WeightRules) -> Iterator[list[str]]:
             yield prefix + base
         elif prefix:
             yield base[len(prefix) :]
+
+
+def _without(prefix: str, segments: list[str]) -> str:
+    return ".".join(segments).removeprefix(f"{prefix}.")
 
 
 def _locate(segments: list[str], rules: WeightRules, index: ParameterIndex) -> tuple[str, ShardId] | None:

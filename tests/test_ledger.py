@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +85,16 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(changed: Changed) -> None:
 def test_a_tensor_that_comes_twice_is_named(changed: Changed) -> None:
     folder = changed(lambda weights: weights.update({Q_PROJ.removeprefix("model."): torch.zeros(64, 64)}))
     assert any("doubled" in problem for problem in ledger_of(folder).problems)
+
+
+def test_a_second_name_is_excused_where_the_first_is_there(changed: Changed) -> None:
+    folder = changed(lambda weights: weights.update({"old_head.weight": weights["lm_head.weight"].clone()}))
+    port = type("Port", (load_port(PORT),), {})
+    port.weight_rules = replace(port.weight_rules, renames={"old_head": "lm_head"})  # type: ignore[attr-defined]
+    ledger = make_ledger(port, load_config(folder), folder)
+    line = next(line for line in ledger.lines if line.tensor == "old_head.weight")
+    assert (line.status, ledger.problems) == ("excused", ())
+    assert line.why == "a second name of lm_head.weight, which is there"
 
 
 def test_a_skipped_tensor_is_excused_by_its_rule(changed: Changed) -> None:

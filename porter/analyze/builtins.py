@@ -172,6 +172,13 @@ def _set(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNod
     return value
 
 
+def _from_keys(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
+    """`dict.fromkeys(names)`: an ordered set."""
+    if len(args) == 1:
+        return _set(run, args, kwargs, node)
+    return Value(op="unknown", attrs={"why": "dict.fromkeys with a value"})
+
+
 def _list(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     value = _tuple(run, args, kwargs, node)
     if isinstance(value, Sequence):
@@ -228,6 +235,7 @@ _BUILTINS: dict[str, Any] = {
     "tuple": _tuple,
     "list": _list,
     "set": _set,
+    "fromkeys": _from_keys,
     "dict": _dict,
     "slice": _slice,
     "type": _type,

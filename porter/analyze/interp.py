@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from porter.analyze.facts import Facts, World
+import libcst as cst
+
+from porter.analyze.facts import Facts, World, line_of
 from porter.analyze.module_paths import name_modules
 from porter.analyze.program import ClassInfo, FunctionInfo, Program
 from porter.analyze.run import Infeasible
@@ -42,6 +44,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     todo: list[tuple[tuple[str, bool], ...]] = [()]
     failure: Refusal | None = None
     raising: set[tuple[str, bool]] = set()
+    stop: cst.CSTNode | None = None
     runs = 0
     while todo and runs < PATH_LIMIT:
         prefix = todo.pop()
@@ -49,7 +52,8 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
         run = Interp(program, prefix, flat, number_paths)
         try:
             worlds.append(run.run(entry))
-        except Infeasible:
+        except Infeasible as error:
+            stop = stop or error.node
             raising |= set(run.trail)
         except Refusal as refusal:
             failure = failure or refusal
@@ -58,7 +62,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     if failure is not None:
         raise failure
     if not worlds:
-        raise Refusal("", 0, entry.name, "every path through its forward raises", "check the file", "P110")
+        raise _all_raise(program, entry, stop)
     if not todo:
         _forget(worlds, raising - {decision for world in worlds for decision in world.decisions})
     return Facts(program, entry, worlds, complete=not todo)
@@ -71,6 +75,17 @@ def _forget(worlds: list[World], raising: set[tuple[str, bool]]) -> None:
             for condition, truth, outcome in tests:
                 if (condition, truth) in raising and len(tests) == 1:
                     world.branches[node].discard(outcome)
+
+
+def _all_raise(program: Program, entry: ClassInfo, stop: cst.CSTNode | None) -> Refusal:
+    """No path runs to its end: the first check that stops one says what the model wants and the engine has not."""
+    remedy = "the engine gives token ids and positions alone; make the rest optional, or port the decoder inside"
+    if stop is None:
+        return Refusal("", 0, entry.name, "every path through its forward raises", remedy, "P110")
+    told = program.tree.code_for_node(stop.test if isinstance(stop, cst.If) else stop).strip()
+    what = f"if {told}: raise" if isinstance(stop, cst.If) else " ".join(told.split())[:120]
+    why = f"every path through the forward of {entry.name} raises, the first one here"
+    return Refusal("", line_of(program.tree, stop), what, why, remedy, "P110")
 
 
 class Interp(Statements):

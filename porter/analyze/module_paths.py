@@ -42,6 +42,9 @@ def paths_below(root: Instance | Layer, path: str = "") -> Iterator[str]:
     if isinstance(root, Layer):
         held.update(_items(root))
     for name, value in held.items():
+        if name == "<layer>" and isinstance(value, Layer):  # what a subclass of a library layer inherits
+            yield from paths_below(value, path)
+            continue
         below = f"{path}.{name}" if path else name
         yield below
         if isinstance(value, Instance | Layer):

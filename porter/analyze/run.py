@@ -14,7 +14,10 @@ from porter.errors import Refusal
 
 
 class Infeasible(Exception):
-    """This path raises: the file itself rejects such a config."""
+    """This path raises: the file itself rejects such a config. `node` is the statement that does, where known."""
+
+    def __init__(self, node: cst.CSTNode | None = None) -> None:
+        self.node = node
 
 
 class Returned(Exception):

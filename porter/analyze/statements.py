@@ -97,7 +97,7 @@ class Statements(Expressions):
         raise Returned(self.eval(node.value) if node.value is not None else const(None))
 
     def _do_Raise(self, node: cst.Raise) -> None:
-        raise Infeasible
+        raise Infeasible(node)
 
     def _do_Pass(self, node: cst.CSTNode) -> None:
         pass
@@ -157,7 +157,7 @@ class Statements(Expressions):
         self.trail, self.taken = trail, taken
         self.world.branches[node.test] |= {True, False}
         if stops:
-            raise Infeasible
+            raise Infeasible(node)
 
     def _do_For(self, node: cst.For) -> None:
         items, repeat = self.iterate(self.eval(node.iter), node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import libcst as cst
 
 from porter.analyze.facts import Facts
-from porter.analyze.flows import Flows, layer_of
+from porter.analyze.flows import ELEMENTWISE, Flows, all_uses_are, layer_of
 from porter.analyze.values import Layer, Scalar, Tensor, Value
 from porter.passes import edit
 from porter.passes.attend_layer import LINEAR
@@ -59,6 +59,12 @@ _UNCHANGED = _BEFORE.replace(
     "return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))",
     "return self.act_fn(self.gate_proj(hidden_states)) * (self.up_proj(hidden_states) + 1)",
 )
+_NORMED = _BEFORE.replace(
+    "        self.act_fn", "        self.norm = nn.LayerNorm(config.inner_size)\n        self.act_fn"
+).replace(
+    "self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))",
+    "self.down_proj(self.norm(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)))",
+)
 
 
 class PackGates(Pass):
@@ -68,7 +74,10 @@ class PackGates(Pass):
     flat = True
     reason = "gate and up are projected together; activation and product are one operation"
     EXAMPLES = (Example(_BEFORE, _AFTER),)
-    UNCHANGED = (Unchanged(_UNCHANGED, "something is added between the projection and the product"),)
+    UNCHANGED = (
+        Unchanged(_UNCHANGED, "something is added between the projection and the product"),
+        Unchanged(_NORMED, "a norm over the product needs all of it, and a rank would have only its share"),
+    )
 
     def apply(self, facts: Facts) -> cst.Module:
         for function in facts.called:
@@ -126,12 +135,15 @@ def _pack(facts: Facts, function: cst.FunctionDef, node: cst.BinaryOperation) ->
 
 
 def _only_use(facts: Facts, node: cst.BinaryOperation) -> bool:
-    """Whether gate and up are used for nothing but this product."""
+    """Whether gate and up are used for nothing but this product, and it for linears: a rank has only its share of it."""
     for world in facts.worlds:
         flows = Flows(world)
+        ends = {id(v) for v in flows.linears()}
         for value in world.values.get(node, ()):
             found = _gated(value)
             if found is None:
+                return False
+            if not isinstance(value, Tensor) or not all_uses_are(flows, value, ELEMENTWISE, ends):
                 return False
             activated, gate, up = found
             if any(len({id(u) for u in flows.uses[id(v)]}) != 1 for v in (activated, gate, up)):

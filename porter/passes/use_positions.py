@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import libcst as cst
 
 from porter.analyze.counting import counted, counts, place_ids, same_everywhere
@@ -65,6 +67,24 @@ _UNCHANGED = _BEFORE.replace(
         return self.embed(input_ids) + self.embed_types(input_ids)
 """,
 )
+_SHARED_ROWS = """\
+import torch
+from torch import nn
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, input_ids):
+        rows = self.embed_positions(torch.arange(input_ids.shape[1]))[None, None, :, :]
+        return self.embed(input_ids) + rows.squeeze(1)
+"""
+_OWN_ROWS = _SHARED_ROWS.replace(
+    "(torch.arange(input_ids.shape[1]))[None, None, :, :]", "(positions)[:, None]"
+)
 
 
 class UsePositions(Pass):
@@ -72,7 +92,7 @@ class UsePositions(Pass):
 
     stage = Stage.ATTEND
     reason = "the engine gives each token's position"
-    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_BEFORE_2, _AFTER_2))
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_BEFORE_2, _AFTER_2), Example(_SHARED_ROWS, _OWN_ROWS))
     UNCHANGED = (Unchanged(_UNCHANGED, "these ids are no positions"),)
 
     def apply(self, facts: Facts) -> cst.Module:
@@ -134,8 +154,33 @@ def _computed(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:
                             edits.update(_own_positions(facts, function))
                     else:
                         edits[inner] = edit.replace("positions")
+                        edits.update(_with_sequences(facts, facts.values(ids)))
                     break
     return edits
+
+
+def _with_sequences(facts: Facts, ids: list[Value]) -> dict[cst.CSTNode, edit.Edit]:
+    """Where rows that all sequences shared got axes in front: the first is now the axis of the sequences."""
+    if any(not isinstance(v, Tensor) or v.shape is None or len(v.shape) != 1 for v in ids):
+        return {}
+    edits: dict[cst.CSTNode, edit.Edit] = {}
+    for node in (n for function in facts.called for n in edit.walk(function.body)):
+        if not isinstance(node, cst.Subscript) or not _is_looked_up(facts.values(node.value), ids):
+            continue
+        items = [edit.code(e.slice) for e in node.slice]
+        units = len(list(takewhile(lambda item: item == "None", items)))
+        if units and set(items[units:]) <= {":", "..."}:
+            edits[node] = _with_index(node, [":", *["None"] * (units - 1)])
+    return edits
+
+
+def _is_looked_up(values: list[Value], ids: list[Value]) -> bool:
+    return bool(values) and all(any(i is given for i in place_ids(v) for given in ids) for v in values)
+
+
+def _with_index(node: cst.Subscript, items: list[str]) -> edit.Edit:
+    index = cst.ensure_type(edit.parse(f"x[{', '.join(items)}]"), cst.Subscript).slice
+    return lambda updated: cst.ensure_type(updated, cst.Subscript).with_changes(slice=index)
 
 
 def _counted_apart(facts: Facts) -> dict[cst.CSTNode, edit.Edit]:

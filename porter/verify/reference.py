@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from porter.errors import OriginalError
@@ -31,10 +33,17 @@ def load_reference(folder: Path, dtype: torch.dtype, trust_remote_code: bool) ->
     with asked_of_original(f"load {folder}", "check the files; a model with its own code needs --trust-remote-code"):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         attention = _ATTENTION.get(config.model_type, "eager")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = _class_for(config).from_pretrained(
             str(folder), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     return model.eval()
+
+
+def _class_for(config: PreTrainedConfig) -> Any:
+    """AutoModelForCausalLM, or the class that a config names which it doesn't know: text configs of larger models."""
+    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    named = None if known else getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    return named or AutoModelForCausalLM
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from porter.analyze.checkpoint_names import _mappings, _pair, plain_name
+from porter.analyze.module_paths import paths_below
+from porter.analyze.values import Instance, Layer
 
 MAPPING = """
 ALIASES = {"rowan_vision": "rowan"}
@@ -42,3 +44,9 @@ def test_copies_and_sums_are_followed(key: str, pairs: list[tuple[str, str]], tm
 
 def test_a_pattern_with_wildcards_is_no_plain_name() -> None:
     assert plain_name(r"experts.*.w1.weight") == ""
+
+
+def test_a_subclass_of_a_linear_has_the_linear_s_tensors() -> None:
+    """A rename of a router's weight has to find it where the router is an nn.Linear itself."""
+    router = Instance(attrs={"<layer>": Layer(kind="linear")})
+    assert {"router", "router.weight", "router.bias"} == set(paths_below(Instance(attrs={"router": router})))

@@ -1,5 +1,6 @@
 """Checkpoint names and layouts into port parameters, on any number of ranks."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -268,7 +269,7 @@ def test_resolution_needs_names_and_shapes_only() -> None:
 
     assert found("model.q_proj.weight", HEADS * DIM, HIDDEN) == Target("model.qkv_proj.weight", "q")
     assert found("model.qkv_proj.weight", 48, HIDDEN) == Target("model.qkv_proj.weight", layout="contiguous")
-    assert found("embed_out.weight", VOCAB, HIDDEN) == Target("lm_head.weight")
+    assert found("embed_out.weight", VOCAB, HIDDEN) == Target("lm_head.weight", renamed=True)
     assert found("model.norm.weight", 3) == Misshaped("model.norm.weight", (HIDDEN,), (3,))
     assert found("h.0.attn.bias", 1, 1) == Skip("attn.bias")
     assert found("model.position_ids", 1) == Skip("position_ids")
@@ -287,3 +288,20 @@ def test_a_module_of_its_own_is_not_packed_away() -> None:
     assert resolve("gate_proj.weight", (4, 4), RULES, index) == Target("gate_proj.weight")
     assert resolve("gate_proj.weight", (4, 5), RULES, index) == Misshaped("gate_proj.weight", (4, 4), (4, 5))
     assert resolve("up_proj.weight", (4, 4), RULES, index) == Target("gate_up_proj.weight", 1)
+
+
+def test_a_second_name_gives_way_to_the_tensor_of_that_name(checkpoint: dict[str, torch.Tensor]) -> None:
+    """Some checkpoints hold a parameter under both of its names; which comes first decides nothing."""
+    second = {"embed_out.weight": torch.zeros(VOCAB, HIDDEN)}
+    for both in ({**checkpoint, **second}, {**second, **checkpoint}):
+        torch.testing.assert_close(load(both, tie=False).lm_head.weight[:VOCAB], checkpoint["lm_head.weight"])
+    only = {name: tensor for name, tensor in checkpoint.items() if name != "lm_head.weight"}
+    assert not load({**only, **second}, tie=False).lm_head.weight.any()
+
+
+def test_two_second_names_of_one_tensor_are_an_error(checkpoint: dict[str, torch.Tensor]) -> None:
+    rules = replace(RULES, renames={**RULES.renames, "old_head": "lm_head"})
+    both = {f"{name}.weight": checkpoint["lm_head.weight"] for name in ("embed_out", "old_head")}
+    del checkpoint["lm_head.weight"]
+    with pytest.raises(WeightError, match="both fill 'lm_head.weight'"):
+        load({**checkpoint, **both}, rules)

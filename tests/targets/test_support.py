@@ -123,6 +123,19 @@ def test_transposed_and_packed_tensors_find_their_places(support: Any) -> None:
     torch.testing.assert_close(model.gate_up.weight.data, torch.cat([tensors["gate.weight"], tensors["up.weight"]]))
 
 
+def test_a_second_name_gives_way_to_the_tensor_of_that_name(support: Any) -> None:
+    model = nn.Module()
+    model.head = nn.Linear(3, 2)
+    names = {"bias": "head.bias"}
+    mapper = SimpleNamespace(apply=lambda pairs: [(names.get(name, name), tensor) for name, tensor in pairs])
+    tensors = {"head.weight": torch.randn(2, 3), "head.bias": torch.ones(2), "bias": torch.zeros(2)}
+    for order in (list(tensors.items()), list(tensors.items())[::-1]):
+        support.load_weights(model, order, mapper, {})
+        assert model.head.bias.tolist() == [1.0, 1.0]
+    support.load_weights(model, [("bias", torch.zeros(2))], mapper, {})
+    assert model.head.bias.tolist() == [0.0, 0.0]
+
+
 def test_a_rotation_that_vllm_computes_otherwise_is_refused(support: Any) -> None:
     for kind in ("dynamic", "proportional", "new"):
         with pytest.raises(ValueError, match=kind):
