@@ -135,7 +135,7 @@ def _pack(facts: Facts, function: cst.FunctionDef, node: cst.BinaryOperation) ->
 
 
 def _only_use(facts: Facts, node: cst.BinaryOperation) -> bool:
-    """Whether gate and up are used for nothing but this product, and it for linears: a rank has only its share of it."""
+    """Whether gate and up are used for nothing but this product, and it for linears: a rank has its share alone."""
     for world in facts.worlds:
         flows = Flows(world)
         ends = {id(v) for v in flows.linears()}

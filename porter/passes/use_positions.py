@@ -82,9 +82,7 @@ class OakForCausalLM(nn.Module):
         rows = self.embed_positions(torch.arange(input_ids.shape[1]))[None, None, :, :]
         return self.embed(input_ids) + rows.squeeze(1)
 """
-_OWN_ROWS = _SHARED_ROWS.replace(
-    "(torch.arange(input_ids.shape[1]))[None, None, :, :]", "(positions)[:, None]"
-)
+_OWN_ROWS = _SHARED_ROWS.replace("(torch.arange(input_ids.shape[1]))[None, None, :, :]", "(positions)[:, None]")
 
 
 class UsePositions(Pass):

@@ -303,5 +303,5 @@ def test_two_second_names_of_one_tensor_are_an_error(checkpoint: dict[str, torch
     rules = replace(RULES, renames={**RULES.renames, "old_head": "lm_head"})
     both = {f"{name}.weight": checkpoint["lm_head.weight"] for name in ("embed_out", "old_head")}
     del checkpoint["lm_head.weight"]
-    with pytest.raises(WeightError, match="both fill 'lm_head.weight'"):
+    with pytest.raises(WeightError, match=r"both fill 'lm_head\.weight'"):
         load({**checkpoint, **both}, rules)
