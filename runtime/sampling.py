@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from porter.kernels.argmax import argmax
+from porter.kernels.draw_tokens import draw_tokens
 from porter.runtime.errors import RequestError
 from porter.runtime.structured_outputs import AllowedTokens, StructuredOutputs
 
@@ -253,17 +254,16 @@ def _adjust(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
 def _sample_random(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
     assert metadata.temperature is not None
     assert metadata.uniform is not None
-    temperature = torch.where(metadata.temperature > 0, metadata.temperature, 1.0).unsqueeze(-1)
+    temperature = torch.where(metadata.temperature > 0, metadata.temperature, 1.0)
+    if metadata.min_p is None and metadata.top_k is None and metadata.top_p is None:
+        return draw_tokens(logits, temperature, metadata.uniform)
     # The maximum is taken off first so that a tiny temperature can't overflow
-    scaled = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / temperature
+    scaled = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / temperature.unsqueeze(-1)
     if metadata.min_p is not None:
-        scaled = scaled.masked_fill(scaled < metadata.min_p.log().unsqueeze(-1), -math.inf)
+        scaled = scaled.masked_fill_(scaled < metadata.min_p.log().unsqueeze(-1), -math.inf)
     if metadata.top_k is not None or metadata.top_p is not None:
-        scaled = scaled.masked_fill(scaled < _threshold(scaled, metadata).unsqueeze(-1), -math.inf)
-    # Float64 so that the tail of a large vocabulary keeps its share of the cumulative sum
-    cumulative = torch.softmax(scaled, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    target = metadata.uniform.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        scaled = scaled.masked_fill_(scaled < _threshold(scaled, metadata).unsqueeze(-1), -math.inf)
+    return draw_tokens(scaled, torch.ones_like(temperature), metadata.uniform)
 
 
 def _threshold(scaled: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:

@@ -1,6 +1,8 @@
 // What lies between a decoder's matrix products: norms, gated activations, rotation with the cache store.
 #include "vector.h"
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 constexpr long SERIAL = 32768;  // fewer elements than this are not worth waking the other threads
 
@@ -85,6 +87,47 @@ template <typename T> static void argmax(const T* x, long ldx, int64_t* places, 
     }
 }
 
+// e^((x - most) / temperature) of up to LANES logits; nothing for those that are missing or as good as impossible
+template <typename T> static inline Floats likelihoods(const T* x, long count, float most, float temperature) {
+    Floats logits = load_some(x, count);
+    for (long i = count; i < LANES; i++) logits[i] = -INFINITY;
+    const Floats scaled = (logits - most) / temperature;
+    return scaled > -87.0f ? exponential(scaled) : Floats{};
+}
+
+// The first token whose cumulative likelihood is above the row's share `uniform` of the whole
+template <typename T>
+static void draw_tokens(const T* x, long ldx, const float* temperature, const double* uniform, int64_t* places,
+                        long rows, long n) {
+    constexpr long BLOCK = 1024;  // so many are added in float32, these sums in float64
+#pragma omp parallel for schedule(static) if (rows * n >= SERIAL)
+    for (long r = 0; r < rows; r++) {
+        const T* from = x + r * ldx;
+        float most = to_float(from[0]);
+#pragma omp simd reduction(max : most)
+        for (long j = 0; j < n; j++) most = to_float(from[j]) > most ? to_float(from[j]) : most;
+        std::vector<double> sums;
+        double total = 0;
+        for (long start = 0; start < n; start += BLOCK) {
+            Floats block{};
+            for (long j = start; j < std::min(start + BLOCK, n); j += LANES)
+                block += likelihoods(from + j, n - j, most, temperature[r]);
+            sums.push_back(sum(block));
+            total += sums.back();
+        }
+        double left = uniform[r] * total;
+        long start = 0, last = 0;
+        for (size_t b = 0; b + 1 < sums.size() && left >= sums[b]; b++, start += BLOCK) left -= sums[b];
+        // what rounding may leave over at the end goes to the last token that is possible
+        for (long j = start; j < n && left >= 0; j += LANES) {
+            const Floats found = likelihoods(from + j, n - j, most, temperature[r]);
+            for (long i = 0; i < LANES && left >= 0; i++)
+                if (found[i] > 0) last = j + i, left -= found[i];
+        }
+        places[r] = last;
+    }
+}
+
 #define EXPORT(T, NAME)                                                                                              \
     extern "C" void rms_norm_##NAME(const T* x, long ldx, const T* weight, T* y, long rows, long n, float eps,       \
                                     long unit_offset) {                                                              \
@@ -92,6 +135,10 @@ template <typename T> static void argmax(const T* x, long ldx, int64_t* places, 
     }                                                                                                                \
     extern "C" void argmax_##NAME(const T* x, long ldx, int64_t* places, long rows, long n) {                        \
         argmax(x, ldx, places, rows, n);                                                                             \
+    }                                                                                                                \
+    extern "C" void draw_tokens_##NAME(const T* x, long ldx, const float* temperature, const double* uniform,        \
+                                       int64_t* places, long rows, long n) {                                         \
+        draw_tokens(x, ldx, temperature, uniform, places, rows, n);                                                  \
     }                                                                                                                \
     extern "C" void silu_and_mul_##NAME(const T* x, long ldx, T* y, long rows, long n) {                             \
         silu_and_mul(x, ldx, y, rows, n);                                                                            \

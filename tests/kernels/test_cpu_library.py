@@ -16,6 +16,7 @@ from porter.kernels.act_and_mul import act_and_mul, act_and_mul_reference
 from porter.kernels.argmax import argmax
 from porter.kernels.cpu_library import cpu_function
 from porter.kernels.decode_attention_cpu import can_decode, decode_attention_cpu
+from porter.kernels.draw_tokens import draw_tokens, draw_tokens_reference
 from porter.kernels.int8_linear import dequantize_int8, quantize_int8
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention_reference
 from porter.kernels.panel_linear import CASES, can_pack_panels, pack_panels, panel_linear, panel_linear_reference
@@ -198,3 +199,36 @@ def test_argmax(dtype: torch.dtype) -> None:
     x[4, 77] = float("nan")
     found = argmax(x)
     assert found.tolist() == [int(x[0].float().argmax()), 500, 0, 6999, 77]
+
+
+@can_compile
+@compiled
+def test_tokens_are_drawn_as_the_cumulative_distribution_has_them(dtype: torch.dtype) -> None:
+    num_rows, vocab_size = 64, 5003
+    logits = (3 * torch.randn(num_rows, vocab_size + 1)).to(dtype)[:, 1:]
+    logits[:, 100:4000] = -float("inf")
+    temperature = torch.linspace(0.2, 2.0, num_rows)
+    uniform = torch.rand(num_rows, dtype=torch.float64)
+    found = draw_tokens(logits, temperature, uniform)
+    share = torch.softmax(logits.double() / temperature.double().unsqueeze(-1), dim=-1).cumsum(-1)
+    rows = torch.arange(num_rows)
+    # float32 likelihoods: a number so near an edge may go to the neighbour
+    assert (share[rows, found] > uniform - 1e-5).all()
+    before = torch.where(found > 0, share[rows, (found - 1).clamp(min=0)], 0.0)
+    assert (before <= uniform + 1e-5).all()
+    assert not ((found >= 100) & (found < 4000)).any()
+    agreeing = found == draw_tokens_reference(logits, temperature, uniform)
+    assert agreeing.float().mean() > 0.95
+
+
+@can_compile
+@compiled
+def test_drawing_at_the_edges(dtype: torch.dtype) -> None:
+    logits = torch.full((4, 3000), -float("inf"), dtype=dtype)
+    logits[0, 2999] = 5.0
+    logits[1, 7] = logits[1, 2000] = -1e4
+    logits[2, 7] = logits[2, 2000] = 1e4
+    logits[3, 0], logits[3, 1] = 0.0, -1.0
+    temperature = torch.tensor([1.0, 1.0, 1.0, 1e-40])
+    uniform = torch.tensor([0.0, 0.49, 0.51, 1 - 2.0**-48], dtype=torch.float64)
+    assert draw_tokens(logits, temperature, uniform).tolist() == [2999, 7, 2000, 0]
