@@ -186,6 +186,33 @@ def test_an_unknown_argument_of_attention_is_refused() -> None:
         port(arguments="scaling=self.scaling, position_bias=hidden_states")
 
 
+def test_activations_from_a_table_of_the_file_keep_the_names_of_the_table() -> None:
+    """What a file calls gelu may be another one than the config's usual word for it."""
+    helpers = """
+from transformers.activations import gelu_new
+
+KINDS = {"plain": nn.ReLU(), "gelu": gelu_new}
+
+"""
+    source = file(helpers=helpers).replace("torch.tanh(", "KINDS[self.act](")
+    made = source.replace("self.up_proj = ", "self.act = config.kind\n        self.up_proj = ")
+    code = " ".join(convert(Source("modeling_pine.py", made, Path("modeling_pine.py"))).code.split())
+    assert 'KINDS = {"plain": nn.ReLU(), "gelu": get_act_fn("gelu_new")}' in code
+    assert "KINDS[self.act](self.up_proj(hidden_states))" in code
+
+
+def test_attention_that_only_some_paths_have_where_heads_are_merged_is_refused() -> None:
+    """The layer would take the place of what the other paths compute too."""
+    call = "output, _ = interface(self, query, key, value, attention_mask, scaling=self.scaling)"
+    source = file().replace(
+        f"        {call}",
+        f"        if self.config.attends:\n            {call}\n"
+        "        else:\n            output = torch.tanh(value).transpose(1, 2)",
+    )
+    with pytest.raises(Refusal, match=r"no attention was recognised when not config\.attends"):
+        convert(Source("modeling_pine.py", source, Path("modeling_pine.py")))
+
+
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ compared with what the runtime's layer will compute.
 
 from __future__ import annotations
 
-from porter.analyze.bias import read_addend
+from porter.analyze.bias import check_zeroed, read_addend
 from porter.analyze.core import Core, Inconsistent, NotUnderstood
 from porter.analyze.facts import World
 from porter.analyze.heads import read_heads, read_sources
@@ -90,6 +90,8 @@ def complete(core: Core, point: Point) -> None:
     causal = core.causal
     for addend, factors in core.addends:
         causal |= read_addend(core, addend, factors, point)
+    for factor in core.zeroed:
+        check_zeroed(core, factor, point)
     if not causal:
         raise NotUnderstood("the attention has no causal mask")
     read_heads(core)

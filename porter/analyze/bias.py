@@ -88,6 +88,19 @@ def _width_with(addend: Tensor, field: str, number: int, point: Point) -> int | 
         return None
 
 
+def check_zeroed(core: Core, factor: Tensor, point: Point) -> None:
+    """Scores that are multiplied by 0 where the mask hides them, and by 1 elsewhere, are only masked."""
+    e = Evaluator(point)
+    try:
+        array = np.asarray(e(factor), dtype=float)
+        masked = sum(np.asarray(e(addend), dtype=float) for addend, _ in core.addends) <= -1e4
+        array, masked = np.broadcast_arrays(array, masked)
+    except (Unevaluable, ValueError) as error:
+        raise NotUnderstood(f"what the scores are multiplied by can't be evaluated ({error})") from error
+    if not ((array == 1) | ((array == 0) & masked)).all():
+        raise NotUnderstood("the scores are multiplied by something that is neither a number nor a mask")
+
+
 def standard_slopes(heads: int) -> list[float]:
     """ALiBi slopes (Press et al. 2022): a geometric series, interpolated for head counts that are no power of two."""
     power = 2 ** int(np.floor(np.log2(heads)))

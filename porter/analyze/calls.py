@@ -51,7 +51,7 @@ class Calls(Lookups):
                 raise Infeasible  # a config is data: no field of it works on tensors
             inside = ", ".join([scalars.text(a) for a in args] + [f"{k}={scalars.text(v)}" for k, v in kwargs.items()])
             return symbol(f"{function.text}({inside})")
-        if function.op == "select" and all(isinstance(f, Function) for f in function.args[1:]):
+        if function.op == "select" and all(isinstance(f, Function | Layer | External) for f in function.args[1:]):
             return self._call_selected(function, args, kwargs, node)
         if function.op == "attribute":
             return methods.call_method(self, function.args[0], function.attrs["name"], args, kwargs, node)
@@ -64,6 +64,8 @@ class Calls(Lookups):
     ) -> Value:
         """`functions[key](...)` with an open key: what each of them returns, selected by the same key."""
         results = [self.call(f, args, kwargs, node) for f in function.args[1:]]
+        if all(r.op == "activation" and r.args[0] is results[0].args[0] for r in results):
+            return ops_layers.layer(self, Layer(op="layer", kind="activation"), args, kwargs, node)
         table = Mapping(op="dict", items=dict(zip(function.attrs["keys"], results, strict=True)))
         return indexing.item(self, table, function.args[0], node or cst.Name("_"))
 

@@ -75,6 +75,7 @@ class Core:
     v_head_dim: Poly | None = None
     sources: tuple[Tensor, ...] = ()  # where query, key and value hold their heads in order
     addends: list[tuple[Tensor, list[tuple[str, Value]]]] = field(default_factory=list)
+    zeroed: list[Tensor] = field(default_factory=list)  # factors of the scores that only a mask may explain
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from porter.analyze.core import PROJECTED, Core, Rotation, layout_chain
+from porter.analyze.counting import LONG
 from porter.analyze.evaluate import Evaluator
-from porter.analyze.point import SEQ_LENGTH, Point, Unevaluable
+from porter.analyze.point import Point, Unevaluable
 from porter.analyze.values import Scalar, Tensor, Value
 
 
@@ -42,9 +43,17 @@ def _rotation_of(query: Tensor, key: Tensor, point: Point) -> Rotation | None:
     if first is None or first != second:
         return None
     interleaved, rotary, full = first
+    if not _is_same_far_on(query, before_query, point, first) or not _is_same_far_on(key, before_key, point, first):
+        return None
     from_config = _classify(query, before_query, point, theta=500.0) is None
     fields, sizes = _rope_fields(query, before_query)
     return Rotation(before_query, before_key, interleaved, rotary, full, from_config, 10000.0, fields, sizes)
+
+
+def _is_same_far_on(value: Tensor, before: Tensor, point: Point, first: tuple[bool, int, bool]) -> bool:
+    """Whether later positions turn alike: some files scale those beyond the length of their training."""
+    far = Point(point.heads, fields=point.fields, seq=LONG)
+    return _turned(value, before, far) is None or _classify(value, before, far) == first  # None: past a table's end
 
 
 def turns(value: Value) -> bool:
@@ -76,21 +85,12 @@ def _before_rotation(value: Tensor, point: Point) -> Tensor | None:
 
 def _classify(value: Tensor, before: Tensor, point: Point, theta: float = 10000.0) -> tuple[bool, int, bool] | None:
     """(interleaved, rotated dims, all of them?) if `value` is the standard rotation of `before`, by numbers."""
-    e = Evaluator(
-        Point(point.heads, 10000.0, point.fields) if theta == 10000.0 else Point(point.heads, theta, point.fields)
-    )
-    start = np.random.default_rng(0).standard_normal(e.shape(before))
-    e.memo[id(before)] = start
-    laid = _relay(value, before, start, point)
-    try:
-        turned = np.asarray(e(value))
-    except Unevaluable:
+    found = _turned(value, before, Point(point.heads, theta, point.fields, point.seq))
+    if found is None:
         return None
-    if laid is None or laid.shape != turned.shape:
-        return None
-    dim = turned.shape[-1]
-    position = _token_axis(turned.shape)
-    if position is None:
+    laid, turned = found
+    dim, position = turned.shape[-1], _token_axis(turned.shape, point.seq)
+    if laid is None or laid.shape != turned.shape or position is None:
         return None
     for rotary in range(dim, 0, -2):
         for interleaved in (False, True):
@@ -99,8 +99,20 @@ def _classify(value: Tensor, before: Tensor, point: Point, theta: float = 10000.
     return None
 
 
-def _token_axis(shape: tuple[int, ...]) -> int | None:
-    found = [i for i, s in enumerate(shape[:-1]) if s == SEQ_LENGTH and i > 0]
+def _turned(value: Tensor, before: Tensor, point: Point) -> tuple[Any, Any] | None:
+    """Random numbers for `before` in the layout of `value`, and what comes of them; None if that can't be evaluated."""
+    e = Evaluator(point)
+    start = np.random.default_rng(0).standard_normal(e.shape(before))
+    e.memo[id(before)] = start
+    laid = _relay(value, before, start, point)
+    try:
+        return laid, np.asarray(e(value))
+    except Unevaluable:
+        return None
+
+
+def _token_axis(shape: tuple[int, ...], length: int) -> int | None:
+    found = [i for i, s in enumerate(shape[:-1]) if s == length and i > 0]
     return found[0] if found else None
 
 
@@ -123,8 +135,9 @@ def _relay(value: Tensor, before: Tensor, start: Any, point: Point) -> Any:
 def rotate(x: Any, rotary: int, interleaved: bool, axis: int) -> Any:
     """The standard rotation of the first `rotary` of the last axis, base 10000, positions along `axis`."""
     frequencies = 10000.0 ** (-np.arange(0, rotary, 2) / rotary)
-    angles = np.arange(SEQ_LENGTH)[:, None] * frequencies
-    angles = angles.reshape([1] * axis + [SEQ_LENGTH] + [1] * (x.ndim - axis - 2) + [rotary // 2])
+    length = x.shape[axis]
+    angles = np.arange(length)[:, None] * frequencies
+    angles = angles.reshape([1] * axis + [length] + [1] * (x.ndim - axis - 2) + [rotary // 2])
     cos, sin = np.cos(angles), np.sin(angles)
     head, rest = x[..., :rotary], x[..., rotary:]
     if interleaved:

@@ -182,6 +182,9 @@ def _peel(core: Core, value: Value, scale: list[tuple[str, Value]]) -> Value:
         if isinstance(factor, Scalar):
             scale.append((op, factor))
             return inner
+        if op == "mul" and isinstance(factor, Tensor) and factor.sizes_only:
+            core.zeroed.append(factor)
+            return inner
     if op == "masked_fill" or op == "where":
         return _peel_fill(core, value, scale)
     if op in ("max", "maximum", "clamp", "clip") and _only_floors(value):

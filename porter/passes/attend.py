@@ -133,6 +133,7 @@ class _Rewrite(LayerSource):
     def __init__(self, facts: Facts, group: Group, imports: dict[str, set[str]]) -> None:
         super().__init__(facts, group, imports)
         self.names: list[str] = []
+        self.init = self._init()
         self._projections()
         self._bypassed()
         for node in {f.merged for f in group.found}:
@@ -239,8 +240,19 @@ class _Rewrite(LayerSource):
 
     # the call
 
+    def _require_everywhere(self, node: cst.BaseExpression) -> None:
+        """Refuse to replace on every path what was understood on some."""
+        understood = {id(f.world) for f in self.group.found}
+        for world in self.facts.worlds:
+            if world.values.get(node) and id(world) not in understood:
+                when = " and ".join(k if v else f"not {k}" for k, v in world.decisions)
+                why = f"no attention was recognised when {when}, but on other paths it was"
+                remedy = "see porter explain attend for what is understood"
+                raise Refusal("", line_of(self.tree, node), "attention", why, remedy, "P200")
+
     def _call(self, node: cst.BaseExpression) -> None:
         found = [f for f in self.group.found if f.merged is node]
+        self._require_everywhere(node)
         turned = [f for f in found if f.core.rotation is not None]
         others = [f for f in found if f.core.rotation is None and (f.core.alibi is not None or turns(f.core.query))]
         if turned and others:

@@ -50,7 +50,8 @@ def _layer_of(owner: Instance, name: str) -> Layer | None:
 class LayerSource(TraitSource):
     """The paged layer that an attention's __init__ makes, and its fused projection."""
 
-    def _construct(self) -> None:
+    def _init(self) -> cst.FunctionDef:
+        """The __init__ that makes the layer."""
         init = self.facts.program.method(self.first.owner.cls, "__init__") if self.first.owner.cls else None
         if init is None or init.owner is None:
             raise Refusal(
@@ -61,11 +62,13 @@ class LayerSource(TraitSource):
                 "give it one",
                 "P202",
             )
-        self.init = init.node
-        lines = self._layer_lines()
-        self.edits[init.node.body] = lambda updated: updated.with_changes(body=[*updated.body, *edit.block(lines)])
+        return init.node
+
+    def _construct(self) -> None:
+        init, lines = self.init, self._layer_lines()
+        self.edits[init.body] = lambda updated: updated.with_changes(body=[*updated.body, *edit.block(lines)])
         if self.first.core.fused:
-            self._fuse_projection(init.node)
+            self._fuse_projection(init)
 
     def _layer_lines(self) -> str:
         """`self.attn = ...`, under a condition when the config chooses between kinds of attention."""

@@ -58,11 +58,6 @@ def read_attention(facts: Facts) -> dict[int, list[Core]]:
                 "see porter explain attend for what is understood",
                 "P200",
             ) from error
-    without = [facts.worlds[i] for i, cores in found.items() if not cores]
-    if without and len(without) < len(found):
-        when = " and ".join(k if v else f"not {k}" for k, v in without[0].decisions) or "always"
-        why = f"no attention was found on one of its paths ({when}), but on others there is one"
-        raise Refusal("", 0, facts.entry.name, why, "see porter explain attend for what is understood", "P200")
     return found
 
 

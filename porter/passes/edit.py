@@ -329,6 +329,17 @@ def add_imports(tree: cst.Module, wanted: Mapping[str, Iterable[str]]) -> cst.Mo
         for module, names in sorted(wanted.items())
         if set(names) - present
     ]
+    return _after_imports(tree, new)
+
+
+def add_import(tree: cst.Module, module: str) -> cst.Module:
+    """Add `import module` after the last import, unless it is there."""
+    from porter.analyze.program import Program
+
+    return tree if module in Program.read(tree).imports else _after_imports(tree, [statement(f"import {module}")])
+
+
+def _after_imports(tree: cst.Module, new: Sequence[cst.BaseStatement]) -> cst.Module:
     if not new:
         return tree
     body = list(tree.body)

@@ -82,6 +82,10 @@ def layout(facts: Facts, node: cst.CSTNode, made: list[Tensor]) -> dict[cst.CSTN
             raise refuse(facts, node, f"the size {error} mixes tokens with other dims") from error
     if all(a == b for a, b in pairs):
         return {node: receiver}
+    if all(
+        v.op == "expand_as" and b[-len(a) :] == a and "tokens" not in a for v, (a, b) in zip(made, pairs, strict=True)
+    ):
+        return {}  # the same for every token, whatever the layout of the other
     if any(a == b for a, b in pairs):
         raise refuse(facts, node, "its flat layout depends on the config")
     value = made[0]

@@ -172,6 +172,10 @@ _UNCHANGED = _BEFORE.replace(
         return hidden_states / hidden_states.norm(dim=-1, keepdim=True)
 """,
 )
+_UNCHANGED_2 = _UNCHANGED.replace(
+    "hidden_states / hidden_states.norm(dim=-1, keepdim=True)",
+    "hidden_states + torch.ones(self.embed.embedding_dim).expand_as(hidden_states)",
+).replace("from torch import nn\n", "import torch\nfrom torch import nn\n", 1)
 
 
 class FlattenTokens(Pass):
@@ -184,7 +188,10 @@ class FlattenTokens(Pass):
     stage = Stage.FLATTEN
     reason = "tokens are flat: [num_tokens, ...]"
     EXAMPLES = (Example(_BEFORE, _AFTER),)
-    UNCHANGED = (Unchanged(_UNCHANGED, "a dim counted from the end is the same dim of a token"),)
+    UNCHANGED = (
+        Unchanged(_UNCHANGED, "a dim counted from the end is the same dim of a token"),
+        Unchanged(_UNCHANGED_2, "what is the same for every token is so in any layout"),
+    )
 
     def apply(self, facts: Facts) -> cst.Module:
         edits: dict[cst.CSTNode, edit.Edit] = {}

@@ -80,6 +80,24 @@ _AFTER_2 = _BEFORE_2.replace(
     "hidden_states, _ = self.block(self.embed(input_ids))",
     "hidden_states = self.block(self.embed(input_ids))",
 )
+_BEFORE_3 = _BEFORE.replace(
+    "return self.proj(hidden_states), hidden_states", "return [self.proj(hidden_states)]"
+).replace(
+    """\
+        hidden_states, _ = self.mlp(self.embed(input_ids))
+        return hidden_states
+""",
+    """\
+        outputs = self.mlp(self.embed(input_ids))
+        others = outputs[1:]
+        return outputs[0]
+""",
+)
+_AFTER_3 = (
+    _BEFORE_3.replace("return [self.proj(hidden_states)]", "return self.proj(hidden_states)")
+    .replace("others = outputs[1:]", "others = []")
+    .replace("return outputs[0]", "return outputs")
+)
 _UNCHANGED = _BEFORE.replace(
     """\
         hidden_states, _ = self.mlp(self.embed(input_ids))
@@ -97,7 +115,7 @@ class UnwrapOutputs(Pass):
 
     stage = Stage.STRIP
     reason = "callers use only part of the result"
-    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_BEFORE_2, _AFTER_2))
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_BEFORE_2, _AFTER_2), Example(_BEFORE_3, _AFTER_3))
     UNCHANGED = (Unchanged(_UNCHANGED, "the caller uses both items"),)
 
     def apply(self, facts: Facts) -> cst.Module:
@@ -146,7 +164,7 @@ def _inline_one(
 def _tuple_like(node: cst.BaseExpression) -> bool:
     if isinstance(node, cst.BinaryOperation):
         return isinstance(node.operator, cst.Add) and (_tuple_like(node.left) or _tuple_like(node.right))
-    return isinstance(node, cst.Tuple)
+    return isinstance(node, cst.Tuple | cst.List)
 
 
 # -- one item of a result --------------------------------------------------------------------------
@@ -243,8 +261,15 @@ class _Uses:
             position = int(text) % max(len(self.result.items), 1)
             self.items.add(position)
             self.edits[node] = lambda updated: updated.value
+        elif self._is_empty(node):
+            self.edits[node] = edit.replace("[]" if self.result.mutable else "()")
         else:
             self.items = None
+
+    def _is_empty(self, node: cst.Subscript) -> bool:
+        """`outputs[1:]` of a result that has but one item."""
+        values = self.facts.values(node)
+        return bool(values) and all(isinstance(v, Sequence) and not v.items for v in values)
 
     def _field(self, node: cst.Attribute) -> None:
         if self.items is not None and node.attr.value in self.result.names:
@@ -314,7 +339,7 @@ def _unread(function: cst.FunctionDef | None, name: str, binding: cst.CSTNode) -
 
 def _item(facts: Facts, node: cst.BaseExpression, index: int) -> cst.BaseExpression | None:
     """The expression for one item of a returned tuple, record or concatenation."""
-    if isinstance(node, cst.Tuple):
+    if isinstance(node, cst.Tuple | cst.List):
         plain = all(not isinstance(e, cst.StarredElement) for e in node.elements[: index + 1])
         return node.elements[index].value if index < len(node.elements) and plain else None
     if isinstance(node, cst.BinaryOperation) and isinstance(node.operator, cst.Add):

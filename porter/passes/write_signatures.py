@@ -234,6 +234,18 @@ class _Activations(cst.CSTTransformer):
             return updated_node
         return self._made(edit.code(updated_node.slice[0].slice))
 
+    def _function(self, node: cst.BaseExpression) -> cst.BaseExpression:
+        """An activation that is not called here but kept: in a table, or one of two."""
+        name = self.imported.get(node.value, "") if isinstance(node, cst.Name) else ""
+        return self._made(f'"{ACTIVATION_NAMES.get(name, name)}"') if name.islower() else node
+
+    def leave_DictElement(self, original_node: cst.DictElement, updated_node: cst.DictElement) -> cst.DictElement:
+        return updated_node.with_changes(value=self._function(updated_node.value))
+
+    def leave_IfExp(self, original_node: cst.IfExp, updated_node: cst.IfExp) -> cst.IfExp:
+        body, orelse = self._function(updated_node.body), self._function(updated_node.orelse)
+        return updated_node.with_changes(body=body, orelse=orelse)
+
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
         function = original_node.func
         if isinstance(function, cst.Subscript) and self.imported.get(edit.code(function.value)) == "ACT2CLS":

@@ -48,7 +48,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"query_pre_attn_scalar", 24),
 )
 # What some config classes leave None though their models can't be built without it.
-_NEEDED = r"(shared_experts|routed_experts|experts_per_tok|^head_dim)$"
+_NEEDED = r"(key_value_heads$|shared_experts|routed_experts|experts_per_tok|^head_dim)$"
 _KEPT = frozenset({"chunk_size_feed_forward"})
 _GENERIC = frozenset(PreTrainedConfig().to_dict()) - {
     "pad_token_id",

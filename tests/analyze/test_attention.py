@@ -448,6 +448,37 @@ def test_blocks_of_heads_are_counted(blocks: int) -> None:
     assert core.fused == f"{blocks} qvk"
 
 
+ZEROED = """
+        kept = torch.tril(torch.ones(length, length))[None, None]
+        scores = torch.matmul(query, key.transpose(2, 3)) * self.head_dim**-0.5
+        scores = scores * {factor} + -1e4 * (1 - kept)
+"""
+
+
+def test_scores_zeroed_where_the_mask_hides_them() -> None:
+    core = only(file(scores=ZEROED.format(factor="kept"), mask="None"))
+    assert factors(core) == [("mul", "config.head_dim ** -0.5")]
+
+
+@pytest.mark.parametrize("factor", ["(kept + 1)", "torch.tril(torch.ones(length, length), -1)[None, None]"])
+def test_scores_changed_where_a_token_may_look_are_refused(factor: str) -> None:
+    with pytest.raises(NotUnderstood, match="neither a number nor a mask"):
+        cores(file(scores=ZEROED.format(factor=factor), mask="None"))
+
+
+LATER = """
+        query = query * (1 + torch.log(1 + torch.floor(torch.arange(length) / {limit})))[None, None, :, None]
+"""
+
+
+def test_queries_that_grow_beyond_the_length_of_training_are_no_plain_rotation() -> None:
+    """On short sequences the factor is 1; the runtime's rotation would be right up to there only."""
+    limit = "self.config.original_max_position_embeddings"
+    plain, scaled = (only(file(helpers=HALVES, between=WHOLE + more)) for more in ("", LATER.format(limit=limit)))
+    assert plain.rotation is not None
+    assert scaled.rotation is None
+
+
 def test_a_softmax_over_scores_of_unknown_layout_is_refused() -> None:
     """Otherwise the path would seem to have no attention, and the port would lose its mask."""
     with pytest.raises(NotUnderstood, match="unfathomable"):
