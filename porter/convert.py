@@ -204,7 +204,7 @@ class _Work:
             if isinstance(node, cst.Assign)
             for each in node.targets
         )
-        own = {target.attr.value for target in targets if isinstance(target, cst.Attribute)}
+        own = {t.attr.value for t in targets if isinstance(t, cst.Attribute) and edit.code(t.value).endswith("config")}
         return {name: value for name, value in sorted(self.assumed.items()) if name in serving.BINDING - own}
 
     def run_stage(self, stage: Stage) -> None:

@@ -158,6 +158,10 @@ def _import_lines(imports: dict[str, str], body: str, target: str) -> list[str]:
     read = edit.names_read(cst.parse_module(body)) | {
         n.value for n in edit.walk(cst.parse_module(body)) if isinstance(n, cst.Name)
     }
+    for node in edit.walk(cst.parse_module(body)):  # those inside functions and conditional blocks
+        if isinstance(node, cst.Import | cst.ImportFrom):
+            for full in Program.read(cst.Module([cst.SimpleStatementLine([node])])).imports.values():
+                _allow(full.rpartition(".")[0] or full, full.rpartition(".")[2], settings)
     grouped: dict[str, set[str]] = {}
     plain: set[str] = set()
     for local, full in imports.items():

@@ -10,7 +10,7 @@ import torch
 
 MODELS = Path(__file__).parent / "models"
 MODERN = ("acorn", "birch", "cedar")
-OLD_STYLE = ("dogwood", "elm", "fir", "ginkgo", "hazel")
+OLD_STYLE = ("dogwood", "elm", "fir", "ginkgo", "hazel", "juniper")
 
 
 @pytest.mark.parametrize("name", MODERN)

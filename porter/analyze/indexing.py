@@ -36,12 +36,23 @@ def unpack(value: Value, count: int, node: cst.CSTNode) -> list[Value] | None:
     if isinstance(value, Tensor) and value.shape:
         return [item(None, value, const(i), node) for i in range(count)]
     if isinstance(value, Repeated):
-        return [value.item] * count
+        return _even_pieces(value, count, node) if value.op == "split" else [value.item] * count
     if isinstance(value, Value) and value.op == "unknown":
         return [Tensor(op="unknown", args=(value,), attrs=dict(value.attrs)) for _ in range(count)]
     if isinstance(value, Scalar) and not value.known:
         return [symbol(f"{value.text}[{i}]") for i in range(count)]
     return None
+
+
+def _even_pieces(split: Repeated, count: int, node: cst.CSTNode) -> list[Value]:
+    """`a, b = x.split(size)`: that many pieces, one after another, whatever the sizes are called."""
+    source, size = split.args
+    shape = split.item.shape if isinstance(split.item, Tensor) else None
+    if shape is None or not isinstance(size, Scalar) or size.size is None:
+        return [split.item] * count
+    step, dim = size.size, split.attrs["dim"]
+    starts = [step * Poly.const(i) for i in range(count)]
+    return [build("piece", (source,), shape, node, dim=dim, start=start, size=step) for start in starts]
 
 
 def row(value: Tensor, node: cst.CSTNode) -> Tensor:

@@ -11,7 +11,7 @@ from porter.analyze import ops, ops_layers, scalars
 from porter.analyze.builtins import builtin
 from porter.analyze.library_layers import ACTIVATION_NAMES, ACTIVATIONS, LAYERS, construct, init_base, layer_attribute
 from porter.analyze.poly import Poly
-from porter.analyze.program import ClassInfo
+from porter.analyze.program import PRESENT, ClassInfo
 from porter.analyze.run import Run
 from porter.analyze.serving import SERVING
 from porter.analyze.values import (
@@ -251,7 +251,10 @@ def _helpers(
     if short in ("get_tensor_model_parallel_world_size",):
         return const(1)
     if name in ("importlib.util.find_spec", "importlib.find_loader"):
-        return const(None)  # optional packages are absent
+        package = scalars.text(args[0]).strip("'\"").split(".")[0] if args else ""
+        return External(op="external", name=package) if package in PRESENT else const(None)  # optional ones are absent
+    if short == "skip_init" and args:
+        return run.call(args[0], args[1:], kwargs, node)
     if name.startswith(("torch", "nn.", "F.", "numpy", "np.")):
         return ops.torch_call(run, name, short, args, kwargs, node)
     if name in ("einops.rearrange", "einops.repeat") and len(args) == 2:

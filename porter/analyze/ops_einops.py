@@ -18,6 +18,12 @@ def _groups(side: str) -> Groups:
     return [(inside if not single else "" if single == "1" else single).split() for inside, single in parts]
 
 
+def _spelled_out(pattern: str, rank: int) -> str:
+    """A pattern with a name for each of the axes for which `...` stands."""
+    named = len(_groups(pattern.split("->")[0])) - 1
+    return pattern.replace("...", " ".join(f"axis{i}" for i in range(rank - named)))
+
+
 def _sizes(groups: Groups, shape: tuple[Poly, ...], known: dict[str, Poly]) -> dict[str, Poly] | None:
     """The size of every named axis; one of each group may be left to be worked out."""
     sizes = dict(known)
@@ -38,8 +44,10 @@ def _rearrange(call: Call) -> Any:
     pattern = call.args[1]
     if not isinstance(pattern, Scalar) or not isinstance(pattern.const, str) or "->" not in pattern.const:
         return None
-    before, after = (_groups(side) for side in pattern.const.split("->"))
-    if call.shape is None or "..." in pattern.const or len(before) != len(call.shape):
+    if call.shape is None:
+        return None
+    before, after = (_groups(side) for side in _spelled_out(pattern.const, len(call.shape)).split("->"))
+    if len(before) != len(call.shape):
         return None
     known = {k: v.size for k, v in call.kwargs.items() if isinstance(v, Scalar) and v.size is not None}
     sizes = _sizes(before, call.shape, known)

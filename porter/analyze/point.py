@@ -23,7 +23,7 @@ _KV_HEADS = ("kv_head", "key_value_head", "head_kv", "kv_n_head", "query_group")
 _GUESSES: tuple[tuple[tuple[str, ...], float], ...] = (
     (("layer_idx", "layer_id"), 1),
     (("pad_token", "token_id"), 1),
-    (("theta", "rope_base", "emb_base"), 10000.0),
+    (("theta", "rope_base", "emb_base", "rotary_base"), 10000.0),
     (("partial", "rotary_pct", "rotary_factor"), 0.5),
     (("rotary_dim", "rotary_ndims"), 4),
     (("eps",), 1e-5),

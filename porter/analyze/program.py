@@ -109,7 +109,7 @@ class Program:
         and a class before its bases."""
         inherited = {b for c in self.classes.values() for b in c.bases}
         for names in ([n for n in self.classes if n in own], list(self.classes)):
-            for ending in ("ForCausalLM", "LMHeadModel", "DecoderLMHead"):
+            for ending in ("ForCausalLM", "LMHeadModel", "DecoderLMHead", "ForConditionalGeneration"):
                 found = [n for n in names if n.endswith(ending) and self.method(self.classes[n], "forward")]
                 if found:
                     return self.classes[next((n for n in found if n not in inherited), found[0])]

@@ -9,7 +9,7 @@ import numpy as np
 from porter.analyze.core import PROJECTED, Core, Rotation, layout_chain
 from porter.analyze.counting import LONG
 from porter.analyze.evaluate import Evaluator
-from porter.analyze.point import Point, Unevaluable
+from porter.analyze.point import Point, Unevaluable, guess
 from porter.analyze.values import Scalar, Tensor, Value
 
 
@@ -38,22 +38,32 @@ def _rotation_of(query: Tensor, key: Tensor, point: Point) -> Rotation | None:
     before_query, before_key = _before_rotation(query, point), _before_rotation(key, point)
     if before_query is None or before_key is None:
         return None
-    first = _classify(query, before_query, point)
-    second = _classify(key, before_key, point)
-    if first is None or first != second:
-        return None
-    interleaved, rotary, full = first
-    if not _is_same_far_on(query, before_query, point, first) or not _is_same_far_on(key, before_key, point, first):
-        return None
-    from_config = _classify(query, before_query, point, theta=500.0) is None
-    fields, sizes = _rope_fields(query, before_query)
-    return Rotation(before_query, before_key, interleaved, rotary, full, from_config, 10000.0, fields, sizes)
+    for base in (10000.0, *_fixed_bases(query)):
+        first = _classify(query, before_query, point, base=base)
+        if first is None or first != _classify(key, before_key, point, base=base):
+            continue
+        interleaved, rotary, full = first
+        if not all(_is_same_far_on(v, b, point, first, base) for v, b in ((query, before_query), (key, before_key))):
+            return None
+        from_config = _classify(query, before_query, point, theta=500.0, base=base) is None
+        fields, sizes = _rope_fields(query, before_query)
+        return Rotation(before_query, before_key, interleaved, rotary, full, from_config, base, fields, sizes)
+    return None
 
 
-def _is_same_far_on(value: Tensor, before: Tensor, point: Point, first: tuple[bool, int, bool]) -> bool:
+def _fixed_bases(value: Tensor) -> list[float]:
+    """Numbers that the file itself takes to a power, which may be the base."""
+    powers = [v.args[0] for v in value.walk(PROJECTED) if v.op == "pow" and v.args]
+    numbers = {float(v.const) for v in powers if isinstance(v, Scalar) and isinstance(v.const, int | float)}
+    return sorted(numbers - {10000.0})
+
+
+def _is_same_far_on(
+    value: Tensor, before: Tensor, point: Point, first: tuple[bool, int, bool], base: float
+) -> bool:
     """Whether later positions turn alike: some files scale those beyond the length of their training."""
     far = Point(point.heads, fields=point.fields, seq=LONG)
-    return _turned(value, before, far) is None or _classify(value, before, far) == first  # None: past a table's end
+    return _turned(value, before, far) is None or _classify(value, before, far, base=base) == first  # None: past a table's end
 
 
 def turns(value: Value) -> bool:
@@ -83,7 +93,9 @@ def _before_rotation(value: Tensor, point: Point) -> Tensor | None:
     return None
 
 
-def _classify(value: Tensor, before: Tensor, point: Point, theta: float = 10000.0) -> tuple[bool, int, bool] | None:
+def _classify(
+    value: Tensor, before: Tensor, point: Point, theta: float = 10000.0, base: float = 10000.0
+) -> tuple[bool, int, bool] | None:
     """(interleaved, rotated dims, all of them?) if `value` is the standard rotation of `before`, by numbers."""
     found = _turned(value, before, Point(point.heads, theta, point.fields, point.seq))
     if found is None:
@@ -94,7 +106,7 @@ def _classify(value: Tensor, before: Tensor, point: Point, theta: float = 10000.
         return None
     for rotary in range(dim, 0, -2):
         for interleaved in (False, True):
-            if np.allclose(rotate(laid, rotary, interleaved, position), turned, atol=1e-4):
+            if np.allclose(rotate(laid, rotary, interleaved, position, base), turned, atol=1e-4):
                 return interleaved, rotary, rotary == dim
     return None
 
@@ -132,9 +144,9 @@ def _relay(value: Tensor, before: Tensor, start: Any, point: Point) -> Any:
     return None
 
 
-def rotate(x: Any, rotary: int, interleaved: bool, axis: int) -> Any:
-    """The standard rotation of the first `rotary` of the last axis, base 10000, positions along `axis`."""
-    frequencies = 10000.0 ** (-np.arange(0, rotary, 2) / rotary)
+def rotate(x: Any, rotary: int, interleaved: bool, axis: int, base: float) -> Any:
+    """The standard rotation of the first `rotary` of the last axis, positions along `axis`."""
+    frequencies = base ** (-np.arange(0, rotary, 2) / rotary)
     length = x.shape[axis]
     angles = np.arange(length)[:, None] * frequencies
     angles = angles.reshape([1] * axis + [length] + [1] * (x.ndim - axis - 2) + [rotary // 2])
@@ -147,6 +159,11 @@ def rotate(x: Any, rotary: int, interleaved: bool, axis: int) -> Any:
         a, b = head[..., : rotary // 2], head[..., rotary // 2 :]
         out = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return np.concatenate([out, rest], axis=-1)
+
+
+def is_theta(text: str) -> bool:
+    """Whether the source of a scalar is, by its words, a base of RoPE."""
+    return guess(text) == 10000.0
 
 
 def _rope_fields(value: Tensor, before: Tensor) -> tuple[frozenset[str], tuple[Scalar, ...]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import libcst as cst
 
 from porter.analyze import scalars
 from porter.analyze.core import Core
 from porter.analyze.facts import line_of
 from porter.analyze.poly import Poly
+from porter.analyze.rotation import is_theta
 from porter.analyze.values import Instance, Layer, Mask, Scalar, Value
 from porter.errors import Refusal
 from porter.passes import edit
@@ -45,6 +48,10 @@ def _layer_of(owner: Instance, name: str) -> Layer | None:
     if isinstance(value, Instance):
         value = value.attrs.get("<layer>")
     return value if isinstance(value, Layer) else None
+
+
+# Spellings of a base that `get_rope_parameters` reads as the file does.
+_THETA = re.compile(r"\.(rope_theta|rotary_emb_base)$|'(rope_theta|rotary_emb_base)', (None|10000|10000\.0)\)$")
 
 
 class LayerSource(TraitSource):
@@ -180,14 +187,24 @@ class LayerSource(TraitSource):
         if rotation is None:
             return "None"
         if not rotation.from_config:
-            return f'{{"rope_type": "default", "rope_theta": {rotation.base}}}'
+            return self._with_theta(found, str(rotation.base))
         thetas = {f.removesuffix("['rope_theta']") for f in rotation.fields if f.endswith("['rope_theta']")}
         if len(thetas) == 1:
             return self._expression(thetas.pop(), found)
         if any("rope_parameters" in f for f in rotation.fields):
             return self._expression("config.rope_parameters", found)
+        others = [f for f in sorted(rotation.fields) if is_theta(f) and not _THETA.search(f)]
+        if others:
+            return self._with_theta(found, self._expression(others[0], found))
         self.imports.setdefault("porter.runtime.layers.rope", set()).add("get_rope_parameters")
         return self._expression("get_rope_parameters(config)", found)
+
+    def _with_theta(self, found: Found, theta: str) -> str:
+        """A base that is no field the runtime knows; scaling is the config's if the file asks for it."""
+        if not any("rope_scaling" in world.config_reads for world in self.facts.worlds):
+            return f'{{"rope_type": "default", "rope_theta": {theta}}}'
+        self.imports.setdefault("porter.runtime.layers.rope", set()).add("get_rope_parameters")
+        return f'{{**{self._expression("get_rope_parameters(config)", found)}, "rope_theta": {theta}}}'
 
     def _rotary_dim(self, found: Found) -> str:
         for name, value in found.owner.attrs.items():

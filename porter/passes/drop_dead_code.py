@@ -27,23 +27,31 @@ class OakForCausalLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_labels = config.num_labels
+        self._embed(config)
+
+    def _embed(self, config):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        return self.embed
 
     def forward(self, input_ids):
         length = input_ids.shape[-1]
         logger.info("called")
         return self.embed(input_ids)
 """
-_AFTER = _BEFORE.replace(
-    "        self.num_labels = config.num_labels\n",
-    "",
-).replace(
-    """\
+_AFTER = (
+    _BEFORE.replace(
+        "        self.num_labels = config.num_labels\n",
+        "",
+    )
+    .replace(
+        """\
         length = input_ids.shape[-1]
         logger.info("called")
 """,
-    """\
+        """\
 """,
+    )
+    .replace("        return self.embed\n", "")
 )
 _UNCHANGED = """\
 from torch import nn
@@ -102,6 +110,8 @@ class _Liveness:
         self.edits: dict[cst.CSTNode, edit.Edit] = {}
         self.keep: set[cst.CSTNode] = set()
         self.is_init = function.name.value == "__init__"
+        self.result_is_read = _result_is_read(facts, function)
+        self.last = edit.lines(function)[-1].body[-1] if function.body.body[-1] in edit.lines(function) else None
         self.live = self._block(function.body, set(), is_function=True)
         self.edits = {n: e for n, e in self.edits.items() if n not in self.keep}
 
@@ -153,6 +163,9 @@ class _Liveness:
             return self._augmented(small, live)
         if isinstance(small, cst.Expr):
             return self._expression(small, live, first)
+        if isinstance(small, cst.Return) and small.value is not None and not self.result_is_read:
+            self.edits[small] = edit.remove if small is self.last else _bare_return
+            return set()
         if isinstance(small, cst.Return | cst.Raise):
             live = set()
         return live | edit.names_read(small)
@@ -239,6 +252,18 @@ class _Liveness:
                 if isinstance(node, cst.Call) and self._is_read(_buffer(node)):
                     return True
         return False
+
+
+def _result_is_read(facts: Facts, function: cst.FunctionDef) -> bool:
+    """Whether any call of a function does something with what it returns."""
+    sites = {c.site for c in facts.calls_of(function)}
+    return not sites or any(
+        site is None or not isinstance(edit.parent(facts.program.tree, site), cst.Expr) for site in sites
+    )
+
+
+def _bare_return(updated: cst.Return) -> cst.Return:
+    return updated.with_changes(value=None, whitespace_after_return=cst.SimpleWhitespace(""))
 
 
 def _attribute_name(name: Value) -> str:

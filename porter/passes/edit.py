@@ -115,8 +115,10 @@ def _rewritten(node: cst.CSTNode, edits: Mapping[cst.CSTNode, Edit], touched: se
             changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
         elif isinstance(value, list | tuple) and any(v in touched for v in value if isinstance(v, cst.CSTNode)):
             changes[name] = [x for v in value for x in _many(_rewritten(v, edits, touched))]
-    updated = _tidied(node.with_changes(**changes) if changes else node)
     edit = edits.get(node)
+    updated = node.with_changes(**changes) if changes else node
+    if edit is None or not isinstance(getattr(updated, "orelse", None), cst.Else):  # tidying could turn its test round
+        updated = _tidied(updated)
     return edit(updated) if edit is not None and isinstance(updated, cst.CSTNode) else updated
 
 

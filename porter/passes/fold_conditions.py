@@ -38,6 +38,44 @@ _AFTER = _BEFORE.replace(
         return hidden_states
 """,
 )
+_ELIF_BEFORE = """\
+from torch import nn
+
+
+class OakEmbedding(nn.Embedding):
+    pass
+
+
+Chosen = None or OakEmbedding
+
+
+class OakForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed = Chosen(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids, other=None):
+        if input_ids is not None and other is not None:
+            pass
+        elif input_ids is not None:
+            hidden_states = self.embed(input_ids)
+        else:
+            hidden_states = other
+        return hidden_states
+"""
+_ELIF_AFTER = _ELIF_BEFORE.replace("self.embed = Chosen(", "self.embed = OakEmbedding(").replace(
+    """\
+        if input_ids is not None and other is not None:
+            pass
+        elif input_ids is not None:
+            hidden_states = self.embed(input_ids)
+        else:
+            hidden_states = other
+""",
+    """\
+        hidden_states = self.embed(input_ids)
+""",
+)
 _UNCHANGED = _BEFORE.replace(
     """\
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -79,7 +117,7 @@ class FoldConditions(Pass):
 
     stage = Stage.STRIP
     reason = "the condition is settled at inference"
-    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_ELIF_BEFORE, _ELIF_AFTER))
     UNCHANGED = (
         Unchanged(_UNCHANGED, "the config decides, so the port has to ask it too"),
         Unchanged(_GUARD, "the original refuses such a config, and so does the port"),
@@ -106,7 +144,7 @@ def _fold(facts: Facts, node: cst.CSTNode, function: cst.FunctionDef) -> dict[cs
         return {node: lambda updated: cst.FlattenSentinel(updated.body.body)}
     if isinstance(node, cst.Assert):
         return {node: edit.remove}
-    if isinstance(node, cst.Subscript):
+    if isinstance(node, cst.Subscript) or (isinstance(node, cst.Name) and node.value in facts.program.constants):
         return _fold_dispatch(facts, node)
     return {}
 
@@ -121,8 +159,8 @@ def _is_guard(node: cst.If, function: cst.FunctionDef) -> bool:
     return "config" in names and all(name in ("config", "self") or hasattr(builtins, name) for name in read)
 
 
-def _fold_dispatch(facts: Facts, node: cst.Subscript) -> dict[cst.CSTNode, edit.Edit]:
-    """`ATTENTION_CLASSES[config._attn_implementation]` is one class of the file."""
+def _fold_dispatch(facts: Facts, node: cst.Subscript | cst.Name) -> dict[cst.CSTNode, edit.Edit]:
+    """`ATTENTION_CLASSES[config._attn_implementation]` is one class of the file, and so is a name for one of two."""
     values = facts.values(node)
     names = {v.info.name for v in values if isinstance(v, ClassRef) and v.info is not None}
     if len(names) != 1 or not all(isinstance(v, ClassRef) for v in values):

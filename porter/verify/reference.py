@@ -36,6 +36,8 @@ def load_reference(folder: Path, dtype: torch.dtype, trust_remote_code: bool) ->
         model: PreTrainedModel = _class_for(config).from_pretrained(
             str(folder), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
+        if type(model).__module__.startswith("transformers_modules."):
+            model = _with_own_tables(model, attention)
     return model.eval()
 
 
@@ -44,6 +46,14 @@ def _class_for(config: PreTrainedConfig) -> Any:
     known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
     named = None if known else getattr(transformers, next(iter(config.architectures or ()), ""), None)
     return named or AutoModelForCausalLM
+
+
+def _with_own_tables(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """The model built anew, with the same weights: transformers 5 leaves tables that a model's own code computes while
+    it is built, and that no checkpoint holds, as memory nobody wrote."""
+    fresh: PreTrainedModel = type(model)._from_config(model.config, attn_implementation=attention, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
 
 
 @contextmanager

@@ -137,6 +137,8 @@ def _randomise_tensor(name: str, tensor: torch.Tensor, transposed: bool) -> None
         fan_in = tensor.shape[0 if transposed else -1]
         tensor.normal_(std=fan_in**-0.5)
         return
+    if isinstance(tensor, nn.Parameter) and not (tensor.abs() < 1e3).all():
+        tensor.fill_(1.0)  # from torch.empty: whatever lay there
     if name.endswith("weight"):  # a norm: flipped signs keep a tied head from predicting the token it was given
         tensor.sub_(2 * torch.randint_like(tensor, 2))
     tensor.add_(torch.randn_like(tensor) * 0.2)

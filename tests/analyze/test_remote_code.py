@@ -57,6 +57,7 @@ class RowanForCausalLM(nn.Module):
         hidden_states = self.embed(input_ids)
         return self.attention(hidden_states, create_causal_mask(self.config, hidden_states, None, None))
 """
+BY_TAIL = "... (three h d) -> ... three h d"
 BY_PART = "b n (three h d) -> b n three h d"
 BY_HEAD = "b n (h three d) -> b n three h d"
 
@@ -68,7 +69,9 @@ def core(pattern: str, text: str = FILE) -> Core:
     return found
 
 
-@pytest.mark.parametrize(("pattern", "layout"), [(BY_PART, "contiguous"), (BY_HEAD, "grouped")])
+@pytest.mark.parametrize(
+    ("pattern", "layout"), [(BY_PART, "contiguous"), (BY_TAIL, "contiguous"), (BY_HEAD, "grouped")]
+)
 def test_a_projection_split_by_einops_has_the_layout_of_its_pattern(pattern: str, layout: str) -> None:
     assert core(pattern).fused == layout
 
@@ -91,3 +94,58 @@ def test_a_mistake_of_porter_is_one_line_with_a_code(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(conversion._Work, "check", fail)
     with pytest.raises(Refusal, match=r"rowan.py:1: P900 the file: porter went wrong on it .KeyError: 'lost'"):
         conversion.convert(Source("rowan.py", FILE, tmp_path / "rowan.py"))
+
+
+def fork(*changes: tuple[str, str]) -> Source:
+    """The tiny model that came with a checkpoint, changed."""
+    path = Path(__file__).parents[1] / "models" / "juniper" / "modeling_juniper.py"
+    text = path.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    return Source(path.name, text, path, path.with_name("configuration_juniper.py").read_text(encoding="utf-8"))
+
+
+def test_a_base_under_another_name_is_read_under_that_name() -> None:
+    code = conversion.convert(fork(("config.rope_theta", "config.rotary_base"))).code
+    assert '{**get_rope_parameters(config), "rope_theta": config.rotary_base}' in code
+
+
+def test_a_base_that_the_file_fixes_keeps_the_scaling_that_it_asks_for() -> None:
+    code = conversion.convert(fork(("base=self.config.rope_theta,", "base=5000,"))).code
+    assert '{**get_rope_parameters(config), "rope_theta": 5000.0}' in code
+
+
+_LENGTHS = "kv_seq_len = key_states.shape[-2]\n"
+
+
+def test_what_depends_on_lengths_is_left_to_configs_without_it() -> None:
+    scaled = f"""{_LENGTHS}\
+        self.use_logn_attn = self.config.use_logn_attn
+        if self.use_logn_attn:
+            query_states = query_states * math.log(kv_seq_len)
+"""
+    assert 'requires = {"use_logn_attn": False}' in conversion.convert(fork((_LENGTHS, scaled))).code
+
+
+def test_one_of_two_classes_is_called_by_its_own_name() -> None:
+    code = conversion.convert(fork()).code
+    assert ("apex" in code, "self.norm = JuniperRMSNorm(" in code) == (False, True)
+
+
+def test_a_generator_for_conditions_is_taken_where_there_is_no_causal_one() -> None:
+    changed = fork(("JuniperForCausalLM", "JuniperForConditionalGeneration"))
+    assert conversion.convert(changed).spec["architecture"] == "JuniperForConditionalGeneration"
+
+
+def test_a_path_that_raises_is_refused_at_the_line_that_raises() -> None:
+    with pytest.raises(Refusal) as caught:
+        conversion.convert(fork(('find_spec("torch")', 'find_spec("apex")')))
+    lines = fork().text.splitlines()
+    assert ("find_spec" in lines[caught.value.line - 1], caught.value.code) == (True, "P110")
+
+
+def test_an_import_inside_a_function_is_refused_as_one_at_the_top() -> None:
+    changed = fork(("return self.w2(", "import apex\n        apex.hint(self)\n        return self.w2("))
+    with pytest.raises(Refusal, match="apex"):
+        conversion.convert(changed)

@@ -111,7 +111,8 @@ def checkpoint_with_code(name: str, folder: Path) -> Path:
         "AutoConfig": f"configuration_{name}.{title}Config",
         "AutoModelForCausalLM": f"modeling_{name}.{title}ForCausalLM",
     }
-    (folder / "config.json").write_text(json.dumps({"model_type": name, "auto_map": auto_map}))
+    only_here = {"hidden_act": "silu", "qkv_bias": True, "pretraining_tp": 1} if name == "juniper" else {}
+    (folder / "config.json").write_text(json.dumps({"model_type": name, "auto_map": auto_map, **only_here}))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     config.architectures = [f"{title}ForCausalLM"]
     load: Callable[..., Any] = AutoModelForCausalLM.from_config
@@ -123,7 +124,7 @@ def checkpoint_with_code(name: str, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_remote_code")
-@pytest.mark.parametrize("name", ["acorn", "hazel"])
+@pytest.mark.parametrize("name", ["acorn", "hazel", "juniper"])
 def test_code_that_lives_with_its_checkpoint_ports(name: str, tmp_path: Path) -> None:
     folder = checkpoint_with_code(name, tmp_path / name)
     result = porter("verify", "--model", folder, "--trust-remote-code", "--json")
