@@ -126,10 +126,18 @@ def _has_transformers() -> bool:
 
 def _read(path: Path, name: str, model_type: str | None, architecture: str | None, installed: bool = True) -> Source:
     text = _text(path)
-    config = path.with_name(path.name.replace("modeling_", "configuration_"))
-    config_text = _text(config) if config != path and config.is_file() else None
+    config_text = next((_text(each) for each in _configurations(path, text) if each != path and each.is_file()), None)
     release = version("transformers") if installed and _has_transformers() else None
     return Source(name, text, path, config_text, model_type, architecture, release)
+
+
+def _configurations(path: Path, text: str) -> list[Path]:
+    """Where a file's configuration may be: beside it under the same name, or where its own import says."""
+    imported = re.findall(r"^from \.(\w*config\w*) import", text, re.MULTILINE)
+    return [
+        path.with_name(path.name.replace("modeling_", "configuration_")),
+        *[path.with_name(f"{i}.py") for i in imported],
+    ]
 
 
 def _text(path: Path) -> str:

@@ -154,9 +154,7 @@ def _split(call: Call) -> Any:
         if times is None or times.denominator != 1:
             piece = (*shape[:place], sizes.size, *shape[place + 1 :])
             item = build("piece", tuple(call.args), piece, call.node)
-            return Repeated(
-                op="split", args=(call.args[0], sizes), item=item, attrs={"count": count, "dim": place}
-            )
+            return Repeated(op="split", args=(call.args[0], sizes), item=item, attrs={"count": count, "dim": place})
         parts = [sizes.size] * int(times)
     else:
         return None

@@ -58,12 +58,12 @@ def _fixed_bases(value: Tensor) -> list[float]:
     return sorted(numbers - {10000.0})
 
 
-def _is_same_far_on(
-    value: Tensor, before: Tensor, point: Point, first: tuple[bool, int, bool], base: float
-) -> bool:
+def _is_same_far_on(value: Tensor, before: Tensor, point: Point, first: tuple[bool, int, bool], base: float) -> bool:
     """Whether later positions turn alike: some files scale those beyond the length of their training."""
     far = Point(point.heads, fields=point.fields, seq=LONG)
-    return _turned(value, before, far) is None or _classify(value, before, far, base=base) == first  # None: past a table's end
+    return (
+        _turned(value, before, far) is None or _classify(value, before, far, base=base) == first
+    )  # None: past a table's end
 
 
 def turns(value: Value) -> bool:

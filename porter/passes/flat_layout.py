@@ -129,7 +129,7 @@ def _reshaped(
     facts: Facts, node: cst.CSTNode, value: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]
 ) -> dict[cst.CSTNode, edit.Edit]:
     """A view that splits or merges dims of a token."""
-    if _rank_agnostic(value):
+    if _rank_agnostic(facts, node, value):
         return {}
     common = _first_difference(before, after)
     if len(after) - common == 1:
@@ -152,9 +152,11 @@ def _expanded(facts: Facts, node: cst.CSTNode, value: Tensor) -> dict[cst.CSTNod
     return {node: lambda updated: _method(updated, f"expand({', '.join(['-1', *kept])})")}
 
 
-def _rank_agnostic(value: Tensor) -> bool:
+def _rank_agnostic(facts: Facts, node: cst.CSTNode, value: Tensor) -> bool:
     """A view to `(*x.shape[:-1], ...)`: its leading sizes are the tensor's own, whatever their number."""
     shapes = [a for a in value.args[1:] if isinstance(a, Sequence)]
+    if isinstance(node, cst.Call) and len(node.args) == 1 and node.args[0].star == "*":
+        shapes = [v for v in facts.values(node.args[0].value) if isinstance(v, Sequence)]
     sizes = shapes[0].items if shapes else value.args[1:]
     tokens = [i for i, s in enumerate(sizes) if isinstance(s, Scalar) and s.size is not None and s.size.has_tokens]
     if shapes:

@@ -11,7 +11,7 @@ from porter.analyze.core import Core
 from porter.analyze.interp import explore
 from porter.analyze.program import Program
 from porter.errors import Refusal
-from porter.source import Source
+from porter.source import Source, load
 
 FILE = """
 import importlib.util
@@ -149,3 +149,16 @@ def test_an_import_inside_a_function_is_refused_as_one_at_the_top() -> None:
     changed = fork(("return self.w2(", "import apex\n        apex.hint(self)\n        return self.w2("))
     with pytest.raises(Refusal, match="apex"):
         conversion.convert(changed)
+
+
+def test_the_configuration_is_the_file_that_the_import_names(tmp_path: Path) -> None:
+    (tmp_path / "modelling_own.py").write_text(fork().text, encoding="utf-8")
+    (tmp_path / "configuration_juniper.py").write_text("class OwnConfig: pass\n", encoding="utf-8")
+    assert load(str(tmp_path / "modelling_own.py")).config_text == "class OwnConfig: pass\n"
+
+
+def test_sizes_that_are_put_together_first_hold_for_any_layout() -> None:
+    halves = """shape = x.size()[:-1] + (2, x.shape[-1] // 2)
+        x = x.view(*shape).flatten(-2)
+        return self.w2("""
+    assert "x.view(*shape)" in conversion.convert(fork(("return self.w2(", halves))).code
