@@ -16,10 +16,11 @@ import libcst as cst
 from porter import __version__
 from porter.analyze import serving
 from porter.analyze.counting import looked_up
-from porter.analyze.facts import Facts
+from porter.analyze.facts import Facts, line_of
 from porter.analyze.inline import inline_imports
 from porter.analyze.interp import explore
-from porter.analyze.program import Program
+from porter.analyze.mixers import find_mixer
+from porter.analyze.program import ClassInfo, Program
 from porter.analyze.unused_weights import weighted
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
@@ -111,7 +112,7 @@ def _convert(source: Source, target: str) -> Conversion:
         work.rewrite_for(target, model)
         code = emit(source, work.tree, model, target)
     except Refusal as refusal:
-        raise work.located(refusal) from refusal
+        raise work.diagnosed(refusal) from refusal
     except RecursionError as error:
         raise Refusal(source.name, 1, "the file", "it nests too deeply to follow", "simplify it") from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -261,6 +262,26 @@ class _Work:
             if old != new:
                 self.edits.append(Edit(stage_of(each), each.name, at, old, new, each.reason))
         self.lines = lines or [1]
+
+    def diagnosed(self, refusal: Refusal) -> Refusal:
+        """A refusal, located; where the file mixes tokens in another way than attention does, that is the reason."""
+        entry = self.entry
+        nothing_found = entry is not None and refusal.code == "P201" and refusal.what == entry.name
+        early = not self.checked and refusal.code in ("P100", "P101", "P200")
+        mixer = find_mixer(self.original, entry) if entry is not None and (early or nothing_found) else None
+        if mixer is None:
+            return self.located(refusal)
+        tree = self.original.tree
+        lines = _source_lines(self.source.text, tree.code)
+        what = " ".join(tree.code_for_node(mixer.node).split())[:90]
+        return Refusal(self.source.name, lines[line_of(tree, mixer.node) - 1], what, mixer.why, mixer.remedy, "P201")
+
+    @property
+    def entry(self) -> ClassInfo | None:
+        """The entry class of the file as it came."""
+        wanted = self.original.classes.get(self.source.architecture or "")
+        named = wanted is not None and self.original.method(wanted, "forward")
+        return wanted if named else self.original.entry(self.own)
 
     def located(self, refusal: Refusal) -> Refusal:
         """A refusal with the source's name and line."""

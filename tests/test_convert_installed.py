@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from porter.convert import Conversion, convert
+from porter.errors import Refusal
 from porter.manifest import write_port
 from porter.runtime.model_registry import load_port
 from porter.source import load
@@ -122,3 +123,20 @@ def test_what_the_config_chooses_stays_a_choice_of_the_port(
 def test_a_port_says_what_its_config_must_be() -> None:
     assert 'requires = {"add_cross_attention": False}' in converted("gpt2").code
     assert "requires" not in converted("llama").code
+
+
+@pytest.mark.parametrize(
+    ("model_type", "told"),
+    [
+        ("reformer", "LSH attention"),
+        ("prophetnet", "n-gram streams"),
+        ("cpmant", "learned prompts"),
+        ("axk2", "an indexer"),
+        ("rwkv", "a recurrence over positions"),
+        ("gemma4_assistant", "shared_kv_states is None"),
+    ],
+)
+def test_what_no_paged_cache_serves_is_refused_by_its_kind(model_type: str, told: str) -> None:
+    with pytest.raises(Refusal, match=told) as refused:
+        convert(load(model_type))
+    assert refused.value.line > 1
