@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from porter import console, registry
 from porter.atomic import write_files
-from porter.errors import CheckFailed, EditedError, UsageError, explained_config
+from porter.errors import CheckFailed, EditedError, PorterError, UsageError, explained_config
 from porter.manifest import MANIFEST, Port, dumps, read_port, write_port
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def verify(request: "Request", json: bool, html: Path | None = None) -> int:
         console.print_json(result.to_json())
     else:
         print_verification(result)
-    return 0 if result.passed else CheckFailed.exit_code
+    return CheckFailed.exit_code if result.failure else 0 if result.passed else PorterError.exit_code
 
 
 def conform(path: Path, places: list[str], json: bool) -> int:

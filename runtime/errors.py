@@ -6,6 +6,7 @@ EngineError                    exit 2
 ├── WeightError  (ValueError)  a checkpoint that is damaged or doesn't fit its port
 ├── PortError    (ValueError)  no port for an architecture, or a port file that can't be used
 └── WorkerError                a tensor-parallel process failed
+    └── MachineError           it was killed or never started: the machine's doing, whatever it was to run
 """
 
 
@@ -42,3 +43,7 @@ class PortError(EngineError, ValueError):
 
 class WorkerError(EngineError):
     """A tensor-parallel process failed or died."""
+
+
+class MachineError(WorkerError):
+    """A tensor-parallel process was killed from outside or did not start in time: nothing is said of its model."""

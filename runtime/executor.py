@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import threading
 import weakref
@@ -16,13 +17,13 @@ import torch
 
 from porter.runtime.config import EngineConfig
 from porter.runtime.cuda_runner import CudaRunner
-from porter.runtime.errors import ConfigError, EngineError, WorkerError
+from porter.runtime.errors import ConfigError, EngineError, MachineError, WorkerError
 from porter.runtime.model_runner import Launched, ModelRunner, PromptTargets
 from porter.runtime.parallel import destroy_parallel, init_parallel
 from porter.runtime.sampling import SamplingMetadata
 from porter.runtime.sampling_batch import PlainSampling
 
-_START_TIMEOUT = 120.0
+_START_TIMEOUT = 300.0
 _STOP_TIMEOUT = 5.0
 
 
@@ -44,7 +45,9 @@ class Worker:
         """Wait for `message`; raises the worker's own error, or WorkerError if it died or said nothing."""
         ready = wait([self.pipe, self.process.sentinel], timeout)
         if not ready:
-            raise WorkerError(f"tensor-parallel rank {self.rank} did not start in {timeout:.0f} s", "try again")
+            raise MachineError(
+                f"tensor-parallel rank {self.rank} did not start in {timeout:.0f} s", "try again on a less busy machine"
+            )
         try:
             found = self.pipe.recv() if self.pipe.poll(0) else None
         except (EOFError, OSError):
@@ -57,6 +60,8 @@ class Worker:
     def death(self, found: object = None) -> WorkerError:
         """The error that says how this worker ended."""
         self.process.join(1.0)
+        if self.process.exitcode == -signal.SIGKILL:
+            return MachineError(f"tensor-parallel rank {self.rank} was killed", "is there enough memory?")
         how = found if isinstance(found, str) else f"it ended with exit code {self.process.exitcode}"
         return WorkerError(
             f"tensor-parallel rank {self.rank} failed: {how}",

@@ -1,6 +1,6 @@
 """Module by module, in execution order: how far the port is from the original, and where that begins."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ Originals = dict[str, list[Call]]  # module name -> its calls
 Key = tuple[str, int]  # a module's name, and which of its calls
 
 _SUSPICIOUS = 0.1  # of the limit, for a module that is run alone
+_LEAST = 1e-30  # the norm of an output that is zero: half precision may round a small one to it
 _TINY = 0.1  # a token whose output is smaller than this share of the usual is measured against that share
 
 
@@ -27,7 +28,8 @@ class ModuleError:
     That is the largest over tokens in float32. Against a rounded original it is the usual error of tokens divided by
     `rounding`, what rounding alone costs; `rounded` is that as a relative error. `place` is the token and feature that
     is furthest off, `output` which of several outputs;
-    `other_widths`: further outputs differ in width, which is no error yet but names the module once something is wrong.
+    `other_widths`: further outputs differ in width, which is no error yet but names the module once something is wrong;
+    `other_choices`: so do whole numbers for some token (which experts), in any order.
     """
 
     module: str
@@ -38,6 +40,7 @@ class ModuleError:
     place: tuple[int, int]
     output: int = 0
     other_widths: bool = False
+    other_choices: bool = False
     rounding: float | None = None
     rounded: float | None = None
 
@@ -80,7 +83,8 @@ def compare(model: nn.Module, port: Trace, original: Originals, rounded: Origina
             halves = None if rounded is None else rounded[names.pairs[call.module][0]][key[1]]
             found += _further_errors(model, call, key[1], theirs, halves)
             worst = max(found, key=lambda error: error.error)
-            errors.append(replace(worst, other_widths=_other_widths(call, theirs)))
+            choices = other_choices(call.outputs, theirs.outputs) > 0
+            errors.append(replace(worst, other_widths=_other_widths(call, theirs), other_choices=choices))
             expected[key] = theirs.outputs[errors[-1].output] if errors[-1].output else target
             ours[key] = call.outputs[errors[-1].output]
             inputs[key] = theirs.inputs
@@ -131,7 +135,7 @@ def token_errors(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """|ours - theirs| / |theirs| over all elements; infinite if anything is not a number."""
-    return finite(distance(ours, theirs) / float(theirs.double().norm()))
+    return finite(distance(ours, theirs) / max(float(theirs.double().norm()), _LEAST))
 
 
 def first_divergence(errors: Iterable[ModuleError], limit: float) -> ModuleError | None:
@@ -156,7 +160,7 @@ def wrong_by_itself(
     for error in errors:
         if error.other_widths:
             return error
-        if not error.error <= threshold(error):
+        if error.other_choices or not error.error <= threshold(error):
             local = rerun(error)
             if local is not None and not local <= threshold(error):
                 return error
@@ -180,6 +184,13 @@ def _other_widths(call: Call, theirs: Call) -> bool:
     return len(call.outputs) == len(theirs.outputs) and any(a.shape != b.shape for a, b in pairs)
 
 
+def other_choices(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """The share of tokens for which whole numbers among a module's outputs are others, whatever their order."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a.shape == b.shape and not b.is_floating_point()]
+    shares = [(a.sort(1).values != b.sort(1).values).any(1).double().mean() for a, b in pairs]
+    return max(map(float, shares), default=0.0)
+
+
 def _module_error(
     model: nn.Module, call: Call, index: int, output: int, expected: torch.Tensor, rounded: torch.Tensor | None
 ) -> ModuleError:
@@ -192,8 +203,8 @@ def _module_error(
         return ModuleError(call.module, kind, index, errors, finite(float(errors.max())), place, output)
     rounding = usual_distance(rounded, expected) + 1e-12
     error = finite(usual_distance(ours, expected) / rounding)
-    share = rounding / float(expected.double().norm().clamp_min(1e-30))
-    return ModuleError(call.module, kind, index, errors, error, place, output, False, rounding, share)
+    share = rounding / float(expected.double().norm().clamp_min(_LEAST))
+    return ModuleError(call.module, kind, index, errors, error, place, output, rounding=rounding, rounded=share)
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -215,7 +226,7 @@ def usual_distance(left: torch.Tensor, right: torch.Tensor) -> float:
 def logits_error(ours: torch.Tensor, theirs: torch.Tensor, half: bool) -> float:
     """Relative error of logits that differ by rounding at most: of the worst token, in half precision the usual."""
     if half:
-        return finite(usual_distance(ours, theirs) / float(theirs.double().norm()))
+        return finite(usual_distance(ours, theirs) / max(float(theirs.double().norm()), _LEAST))
     return finite(float(token_errors(ours, theirs).max()))
 
 

@@ -13,7 +13,7 @@ from porter.runtime.loader import build_port
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_runner import attention_layers, torch_defaults
 from porter.verify.schedule import BLOCK_SIZE, Schedule, Step, whole
-from porter.verify.trace import Inputs, Trace, bound_arguments, flatten, join, recording
+from porter.verify.trace import Inputs, Keep, Trace, bound_arguments, flatten, join, recording
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,19 @@ def load_port_weights(model: Any, folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def run_port(model: Any, prompts: list[list[int]], dtype: torch.dtype, steps: Schedule | None = None) -> PortRun:
+def run_port(
+    model: Any, prompts: list[list[int]], dtype: torch.dtype, steps: Schedule | None = None, keep: Keep = torch.clone
+) -> PortRun:
     """The prompts in one forward, or step by step, every module recorded; tokens come out in the prompts' order."""
     steps = steps or whole(prompts)
     caches = new_caches(model, steps, dtype)
     traces, logits = [], []
     for step in steps:
-        with recording(model, step.num_tokens) as trace:
+        with recording(model, step.num_tokens, keep) as trace:
             logits.append(_step_logits(model, prompts, step, caches))
         traces.append(trace)
     order = _prompt_order(prompts, steps)
-    return PortRun(join(traces, order), torch.cat(logits)[order])
+    return PortRun(join(traces, order, keep), torch.cat(logits)[order])
 
 
 @torch.inference_mode()

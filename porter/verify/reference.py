@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from porter.errors import OriginalError
-from porter.verify.trace import Trace, join, recording
+from porter.verify.trace import Keep, Trace, join, recording
 
 # Eager attention is the plainest there is, so it is the truth, but for models that get it wrong.
 # falcon: transformers 5.19 adds ALiBi in the mask and once more to the scores; its other paths add it once.
@@ -73,14 +73,14 @@ def quiet_transformers() -> None:
 
 
 @torch.inference_mode()
-def run_reference(model: PreTrainedModel, prompts: list[list[int]]) -> ReferenceRun:
+def run_reference(model: PreTrainedModel, prompts: list[list[int]], keep: Keep = torch.clone) -> ReferenceRun:
     """Run each prompt alone, without padding or cache, and record every module."""
     traces, logits = [], []
     for prompt in prompts:
-        with recording(model, len(prompt)) as trace:
+        with recording(model, len(prompt), keep) as trace:
             logits.append(full_logits(model, prompt))
         traces.append(trace)
-    return ReferenceRun(join(traces), torch.cat(logits))
+    return ReferenceRun(join(traces, keep=keep), torch.cat(logits))
 
 
 @torch.inference_mode()

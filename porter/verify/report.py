@@ -36,5 +36,8 @@ def print_verification(result: Verification) -> None:
     if result.failure:
         case, check = result.failure
         console.error(f"{case.name}: {check.name} failed: {check.detail or check.figure}")
+    elif result.unproved:
+        case, check = result.unproved
+        console.error(f"{case.name}: {check.name} is unproved: {check.detail}; nothing was found wrong; verify again")
     else:
         console.say(f"{result.architecture}: every check passed")

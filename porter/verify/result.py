@@ -3,12 +3,15 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["PASS", "FAIL", "skip"]
+Status = Literal["PASS", "FAIL", "unproved", "skip"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check of one case: the figure that decided, its limit, and, on a failure, what to look at."""
+    """One check of one case: the figure that decided, its limit, and, on a failure, what to look at.
+
+    It is `unproved` where the machine did not let it be made.
+    """
 
     name: str
     status: Status
@@ -64,7 +67,13 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return bool(self.tried) and all(case.failure is None for case in self.cases)
+        return bool(self.tried) and not self.failure and not self.unproved
+
+    @property
+    def unproved(self) -> tuple[Case, Check] | None:
+        """The first check that the machine did not let be made, and its case."""
+        checks = ((case, check) for case in self.cases for check in case.checks)
+        return next(((case, check) for case, check in checks if check.status == "unproved"), None)
 
     @property
     def failure(self) -> tuple[Case, Check] | None:
@@ -90,5 +99,5 @@ class Verification:
 
 
 def _worst(checks: list[Check]) -> Check:
-    rank = {"FAIL": 2, "PASS": 1, "skip": 0}
+    rank = {"FAIL": 3, "unproved": 2, "PASS": 1, "skip": 0}
     return max(checks, key=lambda check: (rank[check.status], float(check.data.get("worst", 0.0))))

@@ -18,6 +18,7 @@ from porter import __version__
 from porter.errors import OriginalError
 from porter.manifest import Port, record_verification
 from porter.runtime.checkpoint import load_config, resolve_model
+from porter.runtime.errors import MachineError
 from porter.runtime.model_registry import load_port
 from porter.verify.checks import generation, ledger, logits, matrix, modules, parallel, quantized
 from porter.verify.limits import untested
@@ -79,7 +80,7 @@ def _real_case(plan: _Plan) -> Case:
     recorded = load_recorded(recording) if recording is not None else None
     prompts = recorded.prompts if recorded else text_prompts(folder, config, plan.request.trust_remote_code)
     sizes = plan.request.tp or (smallest_tp(config),)
-    subject = replace(_subject(plan, folder, config, prompts, sizes), recorded=recorded)
+    subject = replace(_subject(plan, folder, config, prompts, sizes), recorded=recorded, frugal=True)
     return run_case("real weights", {}, subject, plan.told)
 
 
@@ -163,23 +164,37 @@ def default_checks(subject: Subject) -> Iterator[tuple[str, Callable[[], Check]]
 def variant_checks(subject: Subject, thorough: bool = False) -> Iterator[tuple[str, Callable[[], Check]]]:
     """The checks that start no processes; the engine's pressures one by one if `thorough`."""
     yield "ledger", partial(ledger.check, subject)
-    for module in (modules, logits, matrix):
+    for module in (modules, logits):
         yield module.NAME, partial(_guarded, module.NAME, partial(module.check, subject))
+    subject.release("reference_run", "rounded_run", "port_run")
+    yield matrix.NAME, partial(_guarded, matrix.NAME, partial(matrix.check, subject))
+    subject.release("model")
     yield "greedy", partial(_guarded, "greedy", partial(generation.check, subject, thorough))
+    subject.release("reference")
     for size in subject.tp:
         yield f"tp {size}", partial(_guarded, f"tp {size}", partial(parallel.check, subject, size))
+        subject.release()
     yield "int8", partial(_guarded, "int8", partial(quantized.check, subject))
+    subject.release()
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    """A port that raises fails the check in which it did; an original that raises leaves nothing to check."""
+    """A port that raises fails the check in which it did; an original that raises leaves nothing to check, a machine
+    that is too small or too slow leaves the check unproved."""
     try:
         return check()
     except OriginalError:
         raise
     except Exception as error:
         first = (str(error).strip() or "no message").splitlines()[0]
+        if _of_the_machine(error):
+            return Check(name, "unproved", detail=f"the machine could not do it: {first}")
         return Check(name, "FAIL", detail=f"the port raised {type(error).__name__}: {first}")
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Out of memory or disk, or a process that was killed or did not start."""
+    return isinstance(error, (MachineError, MemoryError, OSError)) or "can't allocate memory" in str(error)
 
 
 def _unread(plan: _Plan) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ over the source's, *seconds* the processor time of the conversion. Reproduce a r
 
 A source is **verified** (every check passed), **refused** (no port was made, with the code that `porter explain`
 knows), **wrong** (a port was made and a check failed), **unproved** (a port was made and the original can't be run
-with the installed transformers), or **crashed** (a mistake of porter).
+with the installed transformers, or the machine did not let a check be made), or **crashed** (a mistake of porter).
 """
 
 
@@ -72,7 +72,8 @@ def proved(row: Row, found: Verification) -> Row:
     sizes = tuple(sorted({int(name.split()[1]) for name in figures if name.split()[0] == "tp"}))
     failure = found.failure
     reason = f"{failure[0].name}: {failure[1].name}: {failure[1].detail or failure[1].figure}" if failure else ""
-    unproved = next((case.skipped for case in found.cases if case.skipped), "no case could be compared")
+    skipped = next((case.skipped for case in found.cases if case.skipped), "no case could be compared")
+    unproved = found.unproved[1].detail if found.unproved else skipped
     result: Result = "verified" if found.passed else "wrong" if failure else "unproved"
     reason = reason or ("" if found.passed else unproved)
     return replace(row, result=result, reason=reason, cases=len(found.tried), tp=sizes, figures=figures)

@@ -11,20 +11,33 @@ from transformers import PreTrainedModel
 
 from porter.runtime.config import DTYPES
 from porter.verify.compare import Originals, originals
+from porter.verify.memory import Spool, give_back
 from porter.verify.port_run import PortRun, load_port_weights, new_port, port_logits, run_port
 from porter.verify.recorded import Recorded
 from porter.verify.reference import ReferenceRun, full_logits, load_reference, run_reference
 from porter.verify.schedule import Schedule
 from porter.verify.tolerances import Tolerance, tolerance
+from porter.verify.trace import Keep
 
 T = TypeVar("T")
 SHORT = 64  # tokens
-_OF_ORIGINAL = ("reference", "reference_run", "rounded_run", "logits_after", "chooses_otherwise")
+_OF_ORIGINAL = (
+    "reference",
+    "reference_run",
+    "rounded_run",
+    "expected_logits",
+    "logit_rounding",
+    "logits_after",
+    "chooses_otherwise",
+)
 
 
 @dataclass
 class Subject:
-    """`folder` is the checkpoint, `prompts` the token ids that all checks share; models are made when asked for."""
+    """`folder` is the checkpoint, `prompts` the token ids that all checks share; models are made when asked for.
+
+    `frugal`: no more is held at a time than the original, one port and what the prompts' logits take.
+    """
 
     folder: Path
     port_file: Path
@@ -35,6 +48,7 @@ class Subject:
     tp: tuple[int, ...] = (2,)
     trust_remote_code: bool = False
     recorded: Recorded | None = None
+    frugal: bool = False
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -68,7 +82,22 @@ class Subject:
     def reference_run(self) -> ReferenceRun:
         if self.recorded is not None:
             return self.recorded.run
-        return self.memo("reference_run", lambda: run_reference(self.reference, self.prompts))
+        return self.memo("reference_run", lambda: run_reference(self.reference, self.prompts, self._keep))
+
+    @property
+    def expected_logits(self) -> torch.Tensor:
+        """The original's logits `[num_tokens, vocab]`, in float32."""
+        return self.memo("expected_logits", lambda: self.reference_run.logits)
+
+    @property
+    def port_logits(self) -> torch.Tensor:
+        """The port's logits `[num_tokens, vocab]`, in float32."""
+        return self.memo("port_logits", lambda: self.port_run.logits)
+
+    @property
+    def logit_rounding(self) -> float:
+        """How far rounding alone moves the original's logits at most."""
+        return self.memo("logit_rounding", lambda: float((self.rounded_run.logits - self.expected_logits).abs().max()))
 
     @property
     def original_calls(self) -> Originals:
@@ -99,7 +128,7 @@ class Subject:
 
     @property
     def port_run(self) -> PortRun:
-        return self.memo("port_run", lambda: run_port(self.model, self.prompts, self.torch_dtype))
+        return self.memo("port_run", lambda: run_port(self.model, self.prompts, self.torch_dtype, keep=self._keep))
 
     @property
     def chooses_otherwise(self) -> bool:
@@ -119,6 +148,17 @@ class Subject:
         known = {name: made for name, made in self._made.items() if name in _OF_ORIGINAL}
         return replace(self, port_file=port_file, port=port, _made=known)
 
+    def release(self, *names: str) -> None:
+        """Free what was made under these names, if memory is to be spared; what is needed again is made again."""
+        if self.frugal:
+            for name in names:
+                self._made.pop(name, None)
+            give_back()
+
+    @property
+    def _keep(self) -> Keep:
+        return Spool() if self.frugal else torch.clone
+
     def memo(self, name: str, make: Callable[[], T]) -> T:
         """make(), once for each name."""
         if name not in self._made:
@@ -127,7 +167,11 @@ class Subject:
         return made
 
     def _run_rounded(self) -> ReferenceRun:
-        return run_reference(load_reference(self.folder, self.torch_dtype, self.trust_remote_code), self.prompts)
+        model = load_reference(self.folder, self.torch_dtype, self.trust_remote_code)
+        run = run_reference(model, self.prompts, self._keep)
+        del model
+        self.release()
+        return run
 
 
 def _choices_differ(subject: Subject) -> bool:

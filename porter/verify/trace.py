@@ -1,7 +1,7 @@
 """Records what goes into and comes out of each module during a run, flat over tokens."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 Inputs = dict[str, torch.Tensor]
+Keep = Callable[[torch.Tensor], torch.Tensor]  # a copy that nothing else changes
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ class Trace:
 
 
 @contextmanager
-def recording(model: nn.Module, num_tokens: int) -> Iterator[Trace]:
-    """Record every call of every named module of `model`; `num_tokens` is how many tokens a run has."""
+def recording(model: nn.Module, num_tokens: int, keep: Keep = torch.clone) -> Iterator[Trace]:
+    """Record every call of every named module of `model`; `num_tokens` is how many tokens a run has.
+
+    `keep` copies a tensor to where the trace is kept: in memory, or a `Spool`.
+    """
     trace = Trace(num_tokens)
     handles = [
-        module.register_forward_hook(_hook(trace, name), with_kwargs=True) for name, module in model.named_modules()
+        module.register_forward_hook(_hook(trace, name, keep), with_kwargs=True)
+        for name, module in model.named_modules()
     ]
     try:
         yield trace
@@ -60,10 +65,10 @@ def recording(model: nn.Module, num_tokens: int) -> Iterator[Trace]:
             handle.remove()
 
 
-def join(traces: list[Trace], order: torch.Tensor | None = None) -> Trace:
+def join(traces: list[Trace], order: torch.Tensor | None = None, keep: Keep = torch.clone) -> Trace:
     """One trace of runs on different tokens, joined over tokens; calls that not all runs made are left out.
 
-    `order` are the rows of the joined tensors to keep, in the order to keep them in.
+    `order` are the rows of the joined tensors to keep, in the order to keep them in; `keep` copies them there.
     """
     if len(traces) == 1:
         return traces[0]
@@ -72,19 +77,19 @@ def join(traces: list[Trace], order: torch.Tensor | None = None) -> Trace:
     for (module, index), call in traces[0].keyed():
         same = [runs[module][index] for runs in others if index < len(runs.get(module, ()))]
         if len(same) == len(traces) and all(len(part.outputs) == len(call.outputs) for part in same):
-            calls.append(_join_calls(same, order))
+            calls.append(_join_calls(same, order, keep))
     return Trace(sum(trace.num_tokens for trace in traces), calls)
 
 
-def flatten(value: Any, num_tokens: int) -> tuple[torch.Tensor, ...]:
-    """The tensors in a module's output that have a token axis, each as `[num_tokens, features]`."""
+def flatten(value: Any, num_tokens: int, keep: Keep = torch.clone) -> tuple[torch.Tensor, ...]:
+    """Copies of the tensors in a module's output that have a token axis, each as `[num_tokens, features]`."""
     if isinstance(value, torch.Tensor):
         flat = _token_first(value, num_tokens)
-        return () if flat is None else (flat.detach().clone(),)
+        return () if flat is None else (keep(flat.detach()),)
     if isinstance(value, dict):
         value = tuple(value.values())
     parts = value if isinstance(value, (tuple, list)) else ()
-    return tuple(tensor for part in parts for tensor in flatten(part, num_tokens))
+    return tuple(tensor for part in parts for tensor in flatten(part, num_tokens, keep))
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -96,17 +101,18 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return dict(bound.arguments)
 
 
-def _hook(trace: Trace, name: str) -> Any:
+def _hook(trace: Trace, name: str, keep: Keep) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = bound_arguments(module, args, kwargs)
-        inputs = {key: flat[0] for key, value in arguments.items() if (flat := _tensor_input(value, trace.num_tokens))}
-        trace.calls.append(Call(name, inputs, flatten(output, trace.num_tokens)))
+        given = ((key, _tensor_input(value, trace.num_tokens, keep)) for key, value in arguments.items())
+        inputs = {key: flat[0] for key, flat in given if flat}
+        trace.calls.append(Call(name, inputs, flatten(output, trace.num_tokens, keep)))
 
     return hook
 
 
-def _tensor_input(value: Any, num_tokens: int) -> tuple[torch.Tensor, ...]:
-    return flatten(value, num_tokens) if isinstance(value, torch.Tensor) else ()
+def _tensor_input(value: Any, num_tokens: int, keep: Keep) -> tuple[torch.Tensor, ...]:
+    return flatten(value, num_tokens, keep) if isinstance(value, torch.Tensor) else ()
 
 
 def _token_first(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
@@ -118,12 +124,12 @@ def _token_first(tensor: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
     return tensor.movedim(axes[0], 0).reshape(num_tokens, -1) if axes else None
 
 
-def _join_calls(calls: list[Call], order: torch.Tensor | None) -> Call:
+def _join_calls(calls: list[Call], order: torch.Tensor | None, keep: Keep) -> Call:
     shared = [name for name in calls[0].inputs if all(name in call.inputs for call in calls)]
     rows = slice(None) if order is None else order
-    inputs = {n: torch.cat([call.inputs[n] for call in calls])[rows] for n in shared if _same_width(n, calls)}
+    inputs = {n: keep(torch.cat([call.inputs[n] for call in calls])[rows]) for n in shared if _same_width(n, calls)}
     outputs = zip(*(call.outputs for call in calls), strict=True)
-    return Call(calls[0].module, inputs, tuple(torch.cat(parts)[rows] for parts in outputs))
+    return Call(calls[0].module, inputs, tuple(keep(torch.cat(parts)[rows]) for parts in outputs))
 
 
 def _same_width(name: str, calls: list[Call]) -> bool:

@@ -1,6 +1,7 @@
 """Other values for the fields of a config that change a model's structure: what a port must also get right."""
 
 import inspect
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,9 @@ _COMPANIONS: dict[str, dict[str, Any]] = {
     "new_decoder_architecture": {"num_kv_heads": 2},
 }
 _NOT_STRUCTURE = frozenset(SERVING)
+# Floats that change no output, or that other variants change.
+_NO_FACTOR = r"eps|drop|range|std|init|loss|coef|jitter|prob|partial|rope|rotary"
+_OTHER = 0.75  # of a factor's usual value
 _FAINT = 0.03  # small enough that the eps of a norm matters beside what it is given
 
 
@@ -53,14 +57,14 @@ class Variant:
 
 
 def variants(config: PreTrainedConfig, port_file: Path, same_release: bool = True) -> list[Variant]:
-    """The default, faint weights, and a variant for each other value of a field that the port or its original reads.
+    """The default, faint weights, other factors, and each other value of a field that the port or its original reads.
 
     The original's own fields count only if the port is of the `same_release`: a file of another one may be older than
     the field. Whether the original takes the value shows when it is run with it.
     """
     read = fields_read(port_file) | (_fields_of_original(config) if same_release else frozenset())
     first = [Variant("default"), Variant("faint", _larger_eps(config), _FAINT)]
-    return [*first, *_values(config, read), *_flags(config, read), *_ropes(config, read)]
+    return [*first, *_factors(config, read), *_values(config, read), *_flags(config, read), *_ropes(config, read)]
 
 
 def _fields_of_original(config: PreTrainedConfig) -> frozenset[str]:
@@ -73,6 +77,19 @@ def _larger_eps(config: PreTrainedConfig) -> dict[str, float]:
     """Other values of every eps, so that one that a port has by heart shows."""
     small = config.to_dict()
     return {name: 3 * value for name, value in small.items() if "eps" in name and isinstance(value, float)}
+
+
+def _factors(config: PreTrainedConfig, read: frozenset[str]) -> list[Variant]:
+    """Another value of every factor, cap or limit at once, so that one that a port has by heart shows."""
+    small = shrink(config).to_dict()
+    floats = {name: value for name, value in small.items() if name in read and isinstance(value, float)}
+    others: dict[str, Any] = {
+        name: _OTHER * value for name, value in floats.items() if value and not re.search(_NO_FACTOR, name)
+    }
+    rope = small.get("rope_parameters") or {}
+    if "rope_parameters" in read and isinstance(rope.get("rope_theta"), float):
+        others["rope_parameters"] = {**rope, "rope_theta": _OTHER * rope["rope_theta"]}
+    return [Variant("other factors", others)] if others else []
 
 
 def of_this_release(port: Port) -> bool:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from porter import registry
 from porter.cli import app
 from porter.manifest import Port, file_sha256, read_port, write_port
+from porter.runtime.errors import MachineError
 from porter.verify.request import Request
 from porter.verify.run import verify
 from porter.verify.tiny import tiny_config, write_checkpoint
@@ -95,3 +96,12 @@ def test_a_port_that_is_not_python_is_one_line(tmp_path: Path) -> None:
 def test_half_precision_is_measured_against_the_originals_own_rounding(port: Port, checkpoint: Path) -> None:
     result = verify(Request(subject=str(port.path), model=str(checkpoint), dtype="bfloat16"))
     assert result.passed
+
+
+def test_an_unproved_check_exits_2_and_says_so(port: Port, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object) -> None:
+        raise MachineError("tensor-parallel rank 1 was killed", "is there enough memory?")
+
+    monkeypatch.setattr("porter.verify.checks.parallel.check_processes", killed)
+    result = CliRunner().invoke(app, ["verify", str(port.path), "--model", str(checkpoint)])
+    assert (result.exit_code, "tp 2 processes is unproved" in result.stderr) == (2, True)

@@ -83,3 +83,15 @@ def test_fields_that_only_another_release_reads_are_no_variants(tmp_path: Path) 
     config = tiny_config("llama")
     ours, others = ({v.name for v in variants(config, port, same_release=same)} for same in (True, False))
     assert "attention_bias=True" in ours - others
+
+
+def test_every_factor_is_tried_with_another_value_too(tmp_path: Path) -> None:
+    port = tmp_path / "port.py"
+    port.write_text(
+        "config.embedding_multiplier, config.attention_dropout, config.rms_norm_eps, config.rope_parameters\n"
+    )
+    config = tiny_config("granite")
+    others = next(v for v in variants(config, port, same_release=False) if v.name == "other factors").overrides
+    assert set(others) == {"embedding_multiplier", "rope_parameters"}
+    assert others["embedding_multiplier"] != config.embedding_multiplier
+    assert others["rope_parameters"]["rope_theta"] != config.rope_parameters["rope_theta"]

@@ -99,6 +99,8 @@ def run_scenario(subject: Subject, scenario: Scenario, tally: Tally) -> None:
         tally.met[scenario.name] = _met(scenario, llm, outputs)
     finally:
         llm.shutdown()
+        del llm
+        subject.release()
     for output in outputs:
         _judge(subject, scenario.name, output, tally)
 

@@ -12,7 +12,7 @@ _SENT_ELSEWHERE = 0.05  # of the tokens, in half precision, if the original's ow
 
 def check(subject: Subject) -> Check:
     """PASS if the divergence is within the limit and the best token is the original's outside ties."""
-    ours, theirs = subject.port_run.logits.double(), subject.reference_run.logits.double()
+    ours, theirs = subject.port_logits.double(), subject.expected_logits.double()
     if ours.shape != theirs.shape:
         return Check(
             NAME, "FAIL", f"{list(ours.shape)}", f"{list(theirs.shape)}", "the port's logits have another shape"
@@ -38,7 +38,7 @@ def tolerated(subject: Subject, wrong: int, total: int) -> bool:
 
 
 def _cause(subject: Subject) -> str:
-    ours, theirs = subject.port_run.logits, subject.reference_run.logits
+    ours, theirs = subject.port_logits, subject.expected_logits
     found = Evidence("", ours, theirs, {}, subject.positions, 1e-3)
     return explain(found) or "the head (tied against the checkpoint?), a cap or a scale of the logits"
 
@@ -47,8 +47,7 @@ def tie_margin(subject: Subject) -> float:
     """How close the original's two best logits may be for either token to count as right."""
     if not subject.half:
         return subject.tolerance.margin
-    rounding = (subject.rounded_run.logits - subject.reference_run.logits).abs().max()
-    return subject.tolerance.margin + 2 * float(rounding)
+    return subject.tolerance.margin + 2 * subject.logit_rounding
 
 
 def wrong_tokens(tokens: torch.Tensor, logits: torch.Tensor, margin: float) -> list[int]:

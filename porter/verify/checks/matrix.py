@@ -25,7 +25,7 @@ _CAUSES = {
 def check(subject: Subject) -> Check:
     """PASS if every schedule gives the logits of one forward at every position; else the module that does not."""
     limit, errors = subject.tolerance.parallel, {}
-    expected = subject.port_run.logits
+    expected = subject.port_logits
     for name, steps in schedules(subject.prompts, keeps_states(subject.model)).items():
         logits = subject.logits(subject.model, steps)
         found = token_errors(logits, expected)

@@ -12,6 +12,7 @@ from porter.verify.compare import (
     finite,
     first_divergence,
     originals,
+    other_choices,
     rules_of,
     token_errors,
     turned_layout,
@@ -26,6 +27,7 @@ from porter.verify.subject import Subject
 NAME = "modules"
 _HALF_LIMIT = 2e-2  # error of a token that counts as wrong in half precision, when a cause is looked for
 _PUT_RIGHT = 0.1  # of an error may remain once its cause is removed
+_OTHER_CHOICES = 0.2  # of the tokens, given the original's input: rounding tips a router near a tie for far fewer
 _STEP = 0.5  # of the later modules must be wrong too for a divergence that stays
 
 
@@ -84,6 +86,8 @@ def _explain(
     told = (
         f"first divergence at {first.module} ({first.kind}), {first.error:.1e}, {_course(subject, comparison, first)}"
     )
+    if left := _never_called(subject):
+        told += f", and the port never calls {left}"
     if culprit is None:
         return f"{told}, on input that is already wrong"
     if fused:
@@ -95,6 +99,14 @@ def _explain(
     return f"{told}, {where}; look at: {_cause(subject, comparison, culprit)}"
 
 
+def _never_called(subject: Subject) -> str:
+    """The first module of the port that its run left out though the original called its own of that name."""
+    called = {call.module for call in subject.port_run.trace.calls}
+    theirs = subject.original_calls
+    missing = (name for name, _ in subject.model.named_modules() if name not in called and name in theirs)
+    return next(missing, "")
+
+
 def _course(subject: Subject, comparison: Comparison, first: ModuleError) -> str:
     """A step: what follows is wrong too. A spike: what follows is right again."""
     later = comparison.errors[comparison.errors.index(first) + 1 :]
@@ -102,23 +114,36 @@ def _course(subject: Subject, comparison: Comparison, first: ModuleError) -> str
     return "a step" if wrong >= _STEP * len(later) else "a spike"
 
 
-def _rerun_output(subject: Subject, comparison: Comparison, error: ModuleError) -> torch.Tensor | None:
-    """What the module returns when it is given the original's input; None if that can't be done."""
+def _rerun_outputs(subject: Subject, comparison: Comparison, error: ModuleError) -> tuple[torch.Tensor, ...]:
+    """What the module returns when it is given the original's input; nothing if that can't be done."""
     key = (error.module, error.index)
     inputs = comparison.inputs.get(key)
     if not inputs or error.index or key not in comparison.expected:
-        return None
-    outputs = replay(subject.model, subject.prompts, subject.torch_dtype, error.module, inputs)
+        return ()
+    return replay(subject.model, subject.prompts, subject.torch_dtype, error.module, inputs)
+
+
+def _rerun_output(subject: Subject, comparison: Comparison, error: ModuleError) -> torch.Tensor | None:
+    """Of these outputs the one that `error` is about."""
+    return _fitting(comparison, error, _rerun_outputs(subject, comparison, error))
+
+
+def _fitting(comparison: Comparison, error: ModuleError, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    key = (error.module, error.index)
     fits = len(outputs) > error.output and outputs[error.output].shape == comparison.expected[key].shape
     return outputs[error.output] if fits else None
 
 
 def _rerun(subject: Subject, comparison: Comparison, error: ModuleError) -> float | None:
     """The module's error when it is given the original's input, in the units of `limit`; None if that can't be done."""
-    output = _rerun_output(subject, comparison, error)
+    outputs = _rerun_outputs(subject, comparison, error)
+    output = _fitting(comparison, error, outputs)
     if output is None:
         return None
     expected = comparison.expected[error.module, error.index]
+    theirs = subject.original_calls[comparison.names[error.module][0]][error.index].outputs
+    if other_choices(outputs, theirs) > _OTHER_CHOICES:
+        return float("inf")
     if error.rounding is None:
         return finite(float(token_errors(output, expected).max()))
     return finite(usual_distance(output, expected) / error.rounding)

@@ -25,7 +25,7 @@ def check(subject: Subject, size: int) -> Check:
         ranks = _on_ranks(subject, size, _rank_logits)
     except ConfigError as error:
         return Check(name, "skip", detail=str(error))
-    worst = max(logits_error(logits, subject.port_run.logits, subject.half) for logits in ranks)
+    worst = max(logits_error(logits, subject.port_logits, subject.half) for logits in ranks)
     limit = subject.tolerance.parallel
     if worst <= limit:
         return Check(name, "PASS", f"{worst:.1e}", f"{limit:g}", "", {"worst": worst})

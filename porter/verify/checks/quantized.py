@@ -28,7 +28,7 @@ def check(subject: Subject) -> Check:
     ours, errors = _run_beside(quantized, twin, sorted({name.rpartition(".")[0] for name in layers}), subject)
     worst, error = max(errors.items(), key=lambda item: item[1], default=("", float("inf")))
     limit = subject.tolerance.quantized
-    cost = _divergence(ours, subject.port_run.logits)
+    cost = _divergence(ours, subject.port_logits)
     detail = f"{len(layers)} layers; int8 itself costs KL {cost:.1e}"
     if error > limit:
         detail = f"look at {worst}; {detail}"

@@ -131,6 +131,8 @@ FAULTS = (
         edited(_rotated('"partial_rotary_factor": 0.5 * ({0}).get("partial_rotary_factor", 1.0)')),
         _ROPE_WORDS,
     ),
+    Fault("first position lost", "position offset", edited(passed(ROPE, 0, "{}.clamp(min=1)")), _ROPE_WORDS),
+    Fault("positions wrap at 256", "long positions", edited(passed(ROPE, 0, "{} % 256")), _ROPE_WORDS),
     Fault("nothing rotated", "pairing", edited(passed(ROPE, 0, "0 * {}")), _ROPE_WORDS),
     Fault(
         "rotary scaling lost",

@@ -23,6 +23,14 @@ def _eps(template: str) -> Edit:
     return keyword(NORMS, "eps", template)
 
 
+def _by_heart(node: cst.BaseExpression, place: Place) -> str | None:
+    """A number of the config, taken from the config class's defaults instead."""
+    words = ("eps", "multiplier", "scal", "softcap", "factor", "per_tok", "alpha", "limit")
+    if not isinstance(node, cst.Attribute) or code(node.value) != "config" or place.method != "__init__":
+        return None
+    return f"type(config)().{node.attr.value}" if any(word in node.attr.value for word in words) else None
+
+
 def _is_residual(node: cst.BaseExpression, place: Place) -> bool:
     return isinstance(node, cst.Name) and node.value in ("residual", "hidden_states", "attn_output")
 
@@ -121,6 +129,12 @@ _ROUTER = ("rout", "expert")
 
 FAULTS = (
     Fault("eps ten times too large", "eps", edited(_eps("10 * ({})")), ("eps",)),
+    Fault(
+        "a number of the config by heart",
+        "config ignored",
+        edited(_by_heart),
+        ("eps", "factor", "scale", "cap", "expert"),
+    ),
     Fault("eps of 1e-5 for 1e-6", "eps", edited(_eps("({}) + 9e-6")), ("eps",)),
     Fault(
         "norm weight plus 1",

@@ -85,6 +85,12 @@ FAULTS = (
         replaced(_layer_loop, lambda text: text.replace("(", "(list(reversed(", 1)[:-1] + ")))"),
         ("order", "layer"),
     ),
+    Fault(
+        "last layer skipped",
+        "layer skipped",
+        replaced(_layer_loop, lambda text: f"list({text})[:-1]"),
+        ("never called", "layer"),
+    ),
     Fault("two layers exchanged in loading", "layer order", loaded(_SWAPPED_LAYERS, "*"), _WEIGHT + _ORDER),
     Fault(
         "rows of the embedding moved by one",
@@ -126,6 +132,12 @@ FAULTS = (
         "norm weight + 1",
         loaded(_changed("norm", "0 * tensor + 1", 1), "norm", "RMSNorm("),
         ("norm", "weight"),
+    ),
+    Fault(
+        "bias of the query lost in loading",
+        "bias dropped",
+        loaded(_changed("q_proj.bias", "0 * tensor", 1), "q_proj|qkv_proj", "bias"),
+        ("bias", "feature"),
     ),
     Fault(
         "biases lost in loading",
