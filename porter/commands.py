@@ -305,14 +305,10 @@ def explain(name: str | None) -> None:
 
 def ledger(model: str, port: Path | None, json: bool) -> int:
     """`porter ledger`; returns the exit code."""
-    from porter.verify.request import Request
-    from porter.verify.select import select_port
     from porter.weights import checkpoint_ledger, outline
 
-    checkpoint = outline(model)
-    with select_port(Request(model=str(checkpoint.folder), port=port)) as selected:
-        console.say(selected.note)
-        result = checkpoint_ledger(selected.port, checkpoint)
+    note, result = checkpoint_ledger(outline(model), port)
+    console.say(note)
     if json:
         console.print_json(result.to_json())
     else:

@@ -3,16 +3,20 @@
 import hashlib
 import json
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from porter.errors import CheckpointError, explained_config
-from porter.manifest import Port
-
-if TYPE_CHECKING:
-    from porter.runtime.resolution import Outcome, WeightRules
+from porter.errors import CheckpointError
+from porter.needs import Needs, needs_of, remembered
+from porter.runtime.checkpoint import load_config, read_config, resolve_model, weight_files
+from porter.runtime.errors import WeightError
+from porter.runtime.resolution import Filled, Misshaped, Outcome, Skip, Target, resolve
+from porter.source import load
+from porter.verify.request import Request
+from porter.verify.select import Selected, converted, find_port
 
 Status = Literal["used", "excused", "unexpected", "mis-shaped", "doubled"]
 _MAX_HEADER = 100 * 2**20
@@ -89,8 +93,6 @@ def outline(model: str) -> Outline:
 
     A repository that can't be reached is taken from the local cache. CheckpointError if it isn't there either.
     """
-    from porter.runtime.checkpoint import resolve_model
-
     if Path(model).expanduser().is_dir():
         folder = resolve_model(model)
         return Outline(folder, tuple(read_headers(folder)))
@@ -109,13 +111,35 @@ def outline(model: str) -> Outline:
     return Outline(folder, tuple(Header(name, info.dtype, tuple(info.shape)) for name, info in tensors))
 
 
-def checkpoint_ledger(port: Port, checkpoint: Outline, trust_remote_code: bool = False) -> Ledger:
-    """The ledger of a port and a checkpoint."""
-    from porter.runtime.checkpoint import load_config
+def checkpoint_ledger(checkpoint: Outline, port: Path | None = None) -> tuple[str, Ledger]:
+    """Which port was taken (as verification takes one), and the ledger of that port and the checkpoint.
+
+    The first time that a port meets a config takes seconds, since it has to be built, later ones do not.
+    """
+    folder = checkpoint.folder
+    selected = find_port(Request(model=str(folder), port=port))
+    texts = [selected.port.path.read_bytes()] if selected else list(_sources(folder))
+    needs = remembered([json.dumps(read_config(folder)).encode(), *texts], lambda: _built(folder, selected))
+    note = selected.note if selected else f"no port given or registered: that of {folder} as it is converted"
+    return note, ledger_of(needs, checkpoint.headers)
+
+
+def _sources(folder: Path) -> Iterator[bytes]:
+    """What a port of the checkpoint would be converted from."""
+    source = load(str(folder))
+    yield f"{source.text}\0{source.config_text}".encode()
+    for file in sorted(folder.glob("*.py")):
+        yield file.read_bytes()
+
+
+def _built(folder: Path, selected: Selected | None) -> Needs:
     from porter.runtime.model_registry import load_port
 
-    config = load_config(checkpoint.folder, trust_remote_code)
-    return make_ledger(load_port(port.path), config, checkpoint.folder, checkpoint.headers)
+    config = load_config(folder)
+    if selected:
+        return needs_of(load_port(selected.port.path), config)
+    with tempfile.TemporaryDirectory(prefix="porter-") as place:
+        return needs_of(load_port(converted(str(folder), Path(place), "native").port.path), config)
 
 
 def make_ledger(port: Any, config: Any, folder: Path, headers: Iterable[Header] | None = None) -> Ledger:
@@ -123,15 +147,14 @@ def make_ledger(port: Any, config: Any, folder: Path, headers: Iterable[Header] 
 
     `headers` are its tensors, read from the files there if not given.
     """
-    from porter.runtime.errors import WeightError
-    from porter.runtime.loader import Filled
-    from porter.runtime.resolution import ParameterIndex, Target, resolve
+    return ledger_of(needs_of(port, config), headers or read_headers(folder))
 
-    model, rules = _skeleton(port, config), port.weight_rules
-    index = ParameterIndex.from_model(model)
-    filled, lines = Filled(index), []
-    for header in headers or read_headers(folder):
-        outcome = resolve(header.name, header.shape, rules, index)
+
+def ledger_of(needs: Needs, headers: Iterable[Header]) -> Ledger:
+    """What becomes of the tensors in `headers` in a port with these needs."""
+    filled, lines = Filled(needs.index), []
+    for header in headers:
+        outcome = resolve(header.name, header.shape, needs.rules, needs.index)
         line = _line(header, outcome)
         if isinstance(outcome, Target):
             try:
@@ -140,14 +163,12 @@ def make_ledger(port: Any, config: Any, folder: Path, headers: Iterable[Header] 
                 line = Line(header.name, header.shape, "doubled", line.target, error.message)
         lines.append(line)
     lines = [_given_way(line, filled.gave_way) for line in lines]
-    missing, tie = _decide_tie(filled.missing(), rules, config)
+    missing, tie = _decide_tie(filled.missing(), needs)
     return Ledger(tuple(lines), tuple(missing), tie)
 
 
 def read_headers(folder: Path) -> Iterator[Header]:
     """Every tensor named in the headers of a checkpoint's safetensors files; CheckpointError for a damaged file."""
-    from porter.runtime.checkpoint import weight_files
-
     for file in weight_files(folder):
         for name, entry in sorted(_read_header(file).items()):
             if name != "__metadata__":
@@ -156,8 +177,6 @@ def read_headers(folder: Path) -> Iterator[Header]:
 
 def checkpoint_hashes(folder: Path) -> dict[str, str]:
     """sha256 of a checkpoint's config, and of its weight files' headers and sizes, which take no reading of weights."""
-    from porter.runtime.checkpoint import weight_files
-
     weights = hashlib.sha256()
     for file in weight_files(folder):
         with file.open("rb") as opened:
@@ -183,18 +202,7 @@ def _read_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _skeleton(port: Any, config: Any) -> Any:
-    import torch
-
-    from porter.runtime.loader import build_port
-
-    with explained_config(), torch.device("meta"):
-        return build_port(port, config)
-
-
-def _line(header: Header, outcome: "Outcome") -> Line:
-    from porter.runtime.resolution import Misshaped, Skip, Target
-
+def _line(header: Header, outcome: Outcome) -> Line:
     match outcome:
         case Target(parameter, shard_id, transposed, layout):
             place = parameter if shard_id is None else f"{parameter}[{shard_id}]"
@@ -214,12 +222,13 @@ def _given_way(line: Line, gave_way: Mapping[str, str]) -> Line:
     return replace(line, status="excused", target="", why=f"a second name of {gave_way[line.tensor]}, which is there")
 
 
-def _decide_tie(missing: list[str], rules: "WeightRules", config: Any) -> tuple[list[str], str]:
-    if not rules.tied:
+def _decide_tie(missing: list[str], needs: Needs) -> tuple[list[str], str]:
+    if not needs.rules.tied:
         return missing, "no tied weights"
-    if not getattr(config, "tie_word_embeddings", True):
+    if not needs.ties:
         return missing, "not tied: the config says so"
-    pairs = {target: source for target, source in rules.tied.items() if (target in missing) != (source in missing)}
+    tied = needs.rules.tied.items()
+    pairs = {target: source for target, source in tied if (target in missing) != (source in missing)}
     shared = {name for pair in pairs.items() for name in pair}
     left = [name for name in missing if name not in shared]
     absent = sorted(shared & set(missing))

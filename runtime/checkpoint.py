@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from porter.runtime.errors import ConfigError, WeightError
+
+if TYPE_CHECKING:  # finding files takes no torch
+    import torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,6 +33,19 @@ def resolve_model(model: str | Path) -> Path:
             f"{name} is neither a folder nor could it be fetched from the hub ({reason})",
             "check the name and the network, or give a folder",
         ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says, without the defaults of its class; ConfigError if it holds no object."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise ConfigError(f"the config in {folder} can't be read ({_first_line(error)})", "check config.json") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"the config in {folder} holds no object", "check config.json")
+    return found
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -84,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def iterate_weights(
     folder: Path, progress: Callable[[int, int], None] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> "Iterator[tuple[str, torch.Tensor]]":
     """Each tensor of a checkpoint with its name, one in memory at a time.
 
     `progress` is called with (bytes done, bytes in all). A damaged file raises WeightError.
@@ -102,7 +115,9 @@ def iterate_weights(
         progress(total, total)
 
 
-def _iterate_file(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _iterate_file(file: Path) -> "Iterator[tuple[str, torch.Tensor]]":
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)

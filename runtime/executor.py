@@ -61,7 +61,7 @@ class Worker:
         """The error that says how this worker ended."""
         self.process.join(1.0)
         if self.process.exitcode == -signal.SIGKILL:
-            return MachineError(f"tensor-parallel rank {self.rank} was killed", "is there enough memory?")
+            return MachineError(f"tensor-parallel rank {self.rank} failed: it was killed", "is there enough memory?")
         how = found if isinstance(found, str) else f"it ended with exit code {self.process.exitcode}"
         return WorkerError(
             f"tensor-parallel rank {self.rank} failed: {how}",

@@ -8,51 +8,21 @@ from torch import nn
 
 from porter.runtime.errors import ConfigError, EngineError, WeightError
 from porter.runtime.layers.linear import LinearMethod
-from porter.runtime.layers.sharding import Part, ShardId
-from porter.runtime.resolution import Misshaped, ParameterIndex, Skip, Target, Unknown, named_tensors, resolve, split
+from porter.runtime.layers.sharding import Part
+from porter.runtime.resolution import (
+    Filled,
+    Misshaped,
+    ParameterIndex,
+    Skip,
+    Target,
+    Unknown,
+    named_tensors,
+    resolve,
+    split,
+)
 from porter.runtime.resolution import WeightRules as WeightRules
 
 _SHOWN = 5
-
-
-class Filled:
-    """Which shards of which parameters have a tensor, and whose."""
-
-    def __init__(self, index: ParameterIndex) -> None:
-        self._index = index
-        self._sources: dict[tuple[str, ShardId], tuple[str, Target]] = {}
-        self.gave_way: dict[str, str] = {}  # a tensor under a second name: the one that has the name itself
-
-    def add(self, name: str, target: Target) -> bool:
-        """Count checkpoint tensor `name` in: whether it is to be loaded.
-
-        Of two for one place, the one that was renamed gives way. Raises WeightError if neither or both were.
-        """
-        parts = self._index.parameters[target.parameter].parts
-        for shard_id in [target.shard_id] if target.shard_id in parts else list(parts):
-            previous, other = self._sources.setdefault((target.parameter, shard_id), (name, target))
-            if previous == name:
-                continue
-            if other.renamed is target.renamed:
-                raise WeightError(
-                    f"checkpoint tensors {previous!r} and {name!r} both fill {target.parameter!r}",
-                    "remove one from the checkpoint",
-                )
-            self.gave_way.update({name: previous} if target.renamed else {previous: name})
-            if not target.renamed:
-                self._sources[target.parameter, shard_id] = (name, target)
-        return name not in self.gave_way
-
-    def missing(self) -> list[str]:
-        """Parameters without a tensor, with the shards they lack where they have others."""
-        missing = []
-        for name, info in self._index.parameters.items():
-            lacking = [shard_id for shard_id in info.parts if (name, shard_id) not in self._sources]
-            if len(lacking) == len(info.parts):
-                missing.append(name)
-            elif lacking:
-                missing.append(f"{name}[{', '.join(map(str, lacking))}]")
-        return missing
 
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], rules: WeightRules) -> set[str]:

@@ -5,11 +5,14 @@ The loader and the header-only ledger both ask `resolve`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
+from porter.runtime.errors import WeightError
 from porter.runtime.layers.sharding import Part, Parts, ShardId, get_parts
+
+if TYPE_CHECKING:  # see sharding
+    import torch
+    from torch import nn
 
 Shape = tuple[int, ...]
 
@@ -66,13 +69,13 @@ class ParameterIndex:
     modules: frozenset[str]
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> "ParameterIndex":
+    def from_model(cls, model: "nn.Module") -> "ParameterIndex":
         """Parameters and persistent buffers of a port, which may live on the meta device."""
         parameters = {name: _describe(tensor) for name, tensor in named_tensors(model)}
         return cls(parameters, frozenset(name for name, _ in model.named_modules()))
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(model: "nn.Module") -> "Iterator[tuple[str, torch.Tensor]]":
     """Every parameter and persistent buffer that a checkpoint fills, shared ones under each name."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         transient = module._non_persistent_buffers_set
@@ -82,7 +85,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
 
-def _describe(tensor: torch.Tensor) -> ParameterInfo:
+def _describe(tensor: "torch.Tensor") -> ParameterInfo:
     return ParameterInfo(tuple(tensor.shape), get_parts(tensor), getattr(tensor, "num_kv_heads", None))
 
 
@@ -119,6 +122,46 @@ class Unknown:
 
 
 Outcome = Target | Skip | Misshaped | Unknown
+
+
+class Filled:
+    """Which shards of which parameters have a tensor, and whose."""
+
+    def __init__(self, index: ParameterIndex) -> None:
+        self._index = index
+        self._sources: dict[tuple[str, ShardId], tuple[str, Target]] = {}
+        self.gave_way: dict[str, str] = {}  # a tensor under a second name: the one that has the name itself
+
+    def add(self, name: str, target: Target) -> bool:
+        """Count checkpoint tensor `name` in: whether it is to be loaded.
+
+        Of two for one place, the one that was renamed gives way. Raises WeightError if neither or both were.
+        """
+        parts = self._index.parameters[target.parameter].parts
+        for shard_id in [target.shard_id] if target.shard_id in parts else list(parts):
+            previous, other = self._sources.setdefault((target.parameter, shard_id), (name, target))
+            if previous == name:
+                continue
+            if other.renamed is target.renamed:
+                raise WeightError(
+                    f"checkpoint tensors {previous!r} and {name!r} both fill {target.parameter!r}",
+                    "remove one from the checkpoint",
+                )
+            self.gave_way.update({name: previous} if target.renamed else {previous: name})
+            if not target.renamed:
+                self._sources[target.parameter, shard_id] = (name, target)
+        return name not in self.gave_way
+
+    def missing(self) -> list[str]:
+        """Parameters without a tensor, with the shards they lack where they have others."""
+        missing = []
+        for name, info in self._index.parameters.items():
+            lacking = [shard_id for shard_id in info.parts if (name, shard_id) not in self._sources]
+            if len(lacking) == len(info.parts):
+                missing.append(name)
+            elif lacking:
+                missing.append(f"{name}[{', '.join(map(str, lacking))}]")
+        return missing
 
 
 def resolve(name: str, shape: Sequence[int], rules: WeightRules, index: ParameterIndex) -> Outcome:
@@ -235,7 +278,7 @@ def _layout(info: ParameterInfo, shard_id: ShardId, names: set[str], rules: Weig
     return next((layout for module, layout in rules.fused.items() if module in names), "contiguous")
 
 
-def split(tensor: torch.Tensor, target: Target, info: ParameterInfo) -> Iterator[tuple[Part, torch.Tensor]]:
+def split(tensor: "torch.Tensor", target: Target, info: ParameterInfo) -> "Iterator[tuple[Part, torch.Tensor]]":
     """The parts that a whole checkpoint tensor fills, each with its whole (unsharded) tensor."""
     if target.transposed:
         tensor = tensor.t()
@@ -260,7 +303,7 @@ def arrangement(layout: str, num_kv_heads: int) -> tuple[int, str]:
     return num_kv_heads if groups == "kv" else int(groups), order
 
 
-def _split_groups(tensor: torch.Tensor, info: ParameterInfo, layout: str) -> Iterator[tuple[Part, torch.Tensor]]:
+def _split_groups(tensor: "torch.Tensor", info: ParameterInfo, layout: str) -> "Iterator[tuple[Part, torch.Tensor]]":
     assert info.num_kv_heads is not None
     groups, order = arrangement(layout, info.num_kv_heads)
     rows = [info.parts[shard].shape[0] // groups for shard in order]
@@ -269,7 +312,7 @@ def _split_groups(tensor: torch.Tensor, info: ParameterInfo, layout: str) -> Ite
         yield info.parts[shard], piece.flatten(0, 1)
 
 
-def _split_stack(tensor: torch.Tensor, info: ParameterInfo) -> Iterator[tuple[Part, torch.Tensor]]:
+def _split_stack(tensor: "torch.Tensor", info: ParameterInfo) -> "Iterator[tuple[Part, torch.Tensor]]":
     seen: dict[int, int] = {}
     for part in info.parts.values():
         assert part.index is not None

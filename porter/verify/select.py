@@ -10,6 +10,7 @@ from pathlib import Path
 from porter import registry
 from porter.errors import PortError, RegistryError
 from porter.manifest import Port, file_sha256, is_port, read_port, write_port
+from porter.runtime.checkpoint import read_config, resolve_model
 from porter.verify.request import Request
 
 
@@ -26,12 +27,17 @@ class Selected:
 @contextmanager
 def select_port(request: Request) -> Iterator[Selected]:
     """The port given, the one registered for the model, or one converted into a temporary folder."""
-    given = _given(request) or _registered(request)
+    given = find_port(request)
     if given:
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="porter-") as folder:
-        yield _converted(str(request.subject or request.model), Path(folder), request.target)
+        yield converted(str(request.subject or request.model), Path(folder), request.target)
+
+
+def find_port(request: Request) -> Selected | None:
+    """The port given or registered; None if there is none yet."""
+    return _given(request) or _registered(request)
 
 
 def _given(request: Request) -> Selected | None:
@@ -52,10 +58,7 @@ def _given(request: Request) -> Selected | None:
 def _registered(request: Request) -> Selected | None:
     if request.subject or not request.model or request.target != "native":
         return None
-    from porter.runtime.checkpoint import load_config, resolve_model
-
-    config = load_config(resolve_model(request.model), request.trust_remote_code)
-    for architecture in config.architectures or []:
+    for architecture in read_config(resolve_model(request.model)).get("architectures") or []:
         try:
             entry = registry.find(architecture)
         except RegistryError:
@@ -64,7 +67,8 @@ def _registered(request: Request) -> Selected | None:
     return None
 
 
-def _converted(source: str, folder: Path, target: str) -> Selected:
+def converted(source: str, folder: Path, target: str) -> Selected:
+    """A port of `source`, written into `folder`."""
     from porter.convert import convert
     from porter.source import load
 
