@@ -41,7 +41,8 @@ class Needs:
         """What `to_json` gave."""
         parameters = {name: _info_from_json(info) for name, info in found["parameters"].items()}
         index = ParameterIndex(parameters, frozenset(found["modules"]))
-        return cls(index, WeightRules(**found["rules"]), found["ties"])
+        rules = {name: _tuples(value) for name, value in found["rules"].items()}
+        return cls(index, WeightRules(**rules), found["ties"])
 
 
 def needs_of(port: Any, config: Any) -> Needs:

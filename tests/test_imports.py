@@ -21,6 +21,7 @@ RUNS_MODELS = (
     "porter.registry",
     "porter.serve",
     "porter.verify",
+    "porter.needs",
     "porter.weights",
 )
 # What the engine must do without: the tool's own libraries.
