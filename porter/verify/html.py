@@ -22,6 +22,7 @@ def page(result: Verification) -> str:
         found=result.to_json(),
         tried=result.tried,
         failure=failure,
+        unproved=result.unproved,
         summary=summary,
         names=[check.name for check in summary],
         cases=[(case, {check.name: check for check in case.checks}) for case in result.cases],

@@ -50,3 +50,11 @@ def test_sizes_are_told_with_the_reason_against_each() -> None:
     assert found.legal == (1, 2, 4, 8)
     assert set(found.illegal) == {3, 5, 6, 7}
     assert all(f"tp_size = {size}" in reason for size, reason in found.illegal.items())
+
+
+def test_what_the_machine_could_not_do_is_neither_right_nor_wrong() -> None:
+    text = page(verification("unproved", 1e-5))
+    assert ">unproved</span>" in text
+    assert "nothing was found wrong" in text
+    assert "every check passed" not in text
+    assert "a check failed" not in text
