@@ -155,6 +155,7 @@ class _Work:
         self.lines = _source_lines(source.text, self.tree.code)  # source line of each line now
         self.flat = False
         self.checked = False
+        self.raised: tuple[frozenset[tuple[str, bool]], ...] = ()  # paths on which the file as it came raises
         self.counts_positions = False
         self.turns = False
         self.assumed: dict[str, Any] = {}  # config fields that were read at any stage and that serving fixes
@@ -166,7 +167,7 @@ class _Work:
         read_attention(self.facts())
         self.turns = turns_queries(self.facts())
         self.notes["weighted"] = weighted(self.facts().worlds)
-        self.checked = True
+        self.checked, self.raised = True, self.facts().raised
         self._facts = None
 
     def _count_positions(self) -> None:
@@ -192,7 +193,7 @@ class _Work:
             program.counts_positions = self.counts_positions
             wanted = program.classes.get(self.source.architecture or "")
             entry = wanted if wanted is not None and program.method(wanted, "forward") else program.entry(self.own)
-            self._facts = explore(program, entry, self.flat, number_paths=not self.checked)
+            self._facts = explore(program, entry, self.flat, not self.checked, self.raised)
             self.assumed |= {k: v for world in self._facts.worlds for k, v in world.assumed.items()}
             self._facts.notes = self.notes
         return self._facts

@@ -216,6 +216,36 @@ def test_attention_that_only_some_paths_have_where_heads_are_merged_is_refused()
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
+HEAD_NORM = """
+class HeadNorm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, hidden_states):
+        spread = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(spread + 1e-6)
+"""
+
+
+def test_a_norm_over_heads_that_only_some_configs_have_is_given_heads() -> None:
+    """On the path without it q is split into heads for attention alone; on the other one the norm needs them."""
+    changes = {
+        "        self.o_proj =": "        self.norms = config.norms\n        if self.norms:\n"
+        "            self.q_norm = HeadNorm((config.num_attention_heads, self.head_dim))\n        self.o_proj =",
+        "query = (self.q_proj(hidden_states)).view(shape).transpose(1, 2)": "query = self.q_proj(hidden_states)"
+        ".view(shape)\n        if self.norms:\n            query = self.q_norm(query)\n"
+        "        query = query.transpose(1, 2)",
+    }
+    text = file(helpers=HEAD_NORM)
+    for before, after in changes.items():
+        assert before in text
+        text = text.replace(before, after)
+    code = convert(Source("modeling_pine.py", text, Path("modeling_pine.py"))).code
+    assert "self.q_norm = HeadNorm(" in code
+    assert "query = self.q_proj(hidden_states).view(" in code
+
+
 def test_positions_counted_over_the_sequence_become_the_engines_positions() -> None:
     code = port(
         positions="""places = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)

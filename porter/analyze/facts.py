@@ -54,6 +54,7 @@ class Facts:
     entry: ClassInfo
     worlds: list[World]
     complete: bool = True
+    raised: tuple[frozenset[tuple[str, bool]], ...] = ()  # the decisions of paths on which the file raises
     notes: dict[str, Any] = field(default_factory=dict)  # what passes tell later ones: fused layouts, transposes
 
     def values(self, node: cst.CSTNode) -> list[Value]:

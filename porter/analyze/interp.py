@@ -22,10 +22,18 @@ OFF = frozenset({"use_cache", "output_attentions", "output_hidden_states", "outp
 ON = frozenset({"return_dict"})
 
 
-def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False, number_paths: bool = True) -> Facts:
+def explore(
+    program: Program,
+    entry: ClassInfo | None = None,
+    flat: bool = False,
+    number_paths: bool = True,
+    raised: tuple[frozenset[tuple[str, bool]], ...] = (),
+) -> Facts:
     """Run the entry class once for every path that its config can choose.
 
     Without `number_paths`, conditions that only pick a formula by arithmetic (a power of two?) take their usual side.
+    `raised` are the paths on which the file as it came raises: sizes that never meet tell that only of that file, since
+    one that is half rewritten may have such sizes for a while.
 
     Raises:
         Refusal: no path runs to the end; the first failure is shown.
@@ -43,7 +51,7 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     worlds: list[World] = []
     todo: list[tuple[tuple[str, bool], ...]] = [()]
     failure: Refusal | None = None
-    raising: set[tuple[str, bool]] = set()
+    raising: list[frozenset[tuple[str, bool]]] = list(raised)
     stop: cst.CSTNode | None = None
     runs = 0
     while todo and runs < PATH_LIMIT:
@@ -51,10 +59,12 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
         runs += 1
         run = Interp(program, prefix, flat, number_paths)
         try:
-            worlds.append(run.run(entry))
+            world = run.run(entry)
+            if not any(decisions <= set(run.trail) for decisions in raised):
+                worlds.append(world)
         except Infeasible as error:
             stop = stop or error.node
-            raising |= set(run.trail)
+            raising.append(frozenset(run.trail))
         except Refusal as refusal:
             failure = failure or refusal
         trail = run.trail
@@ -64,8 +74,9 @@ def explore(program: Program, entry: ClassInfo | None = None, flat: bool = False
     if not worlds:
         raise _all_raise(program, entry, stop)
     if not todo:
-        _forget(worlds, raising - {decision for world in worlds for decision in world.decisions})
-    return Facts(program, entry, worlds, complete=not todo)
+        kept = {decision for world in worlds for decision in world.decisions}
+        _forget(worlds, {decision for decisions in raising for decision in decisions} - kept)
+    return Facts(program, entry, worlds, complete=not todo, raised=tuple(raising))
 
 
 def _forget(worlds: list[World], raising: set[tuple[str, bool]]) -> None:

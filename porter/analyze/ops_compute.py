@@ -159,7 +159,8 @@ def _pairwise(call: Call) -> Any:
         filled = "ones" if call.name == "ne" else "zeros"
         return build(filled, (), call.shape, call.node, sizes_only=True, bool=True)
     left, right = shape_of(call.args[0]), shape_of(call.args[1]) if len(call.args) > 1 else ()
-    if call.run is not None and clash(left, right, call.run.taken):
+    run = call.run
+    if run is not None and run.number_paths and clash(left, right, run.taken):  # half rewritten, sizes may clash
         raise Infeasible
     shape = broadcast(left, right)
     if call.name in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "greater", "less"):

@@ -171,8 +171,15 @@ class _Rewrite(LayerSource):
         return [
             (self._statement(source), f"{name} = {edit.code(source)}")
             for name, source in zip(self.names, found.sources, strict=True)
-            if not isinstance(source, cst.Name)
+            if not isinstance(source, cst.Name) and not self._goes_on(source)
         ]
+
+    def _goes_on(self, source: cst.BaseExpression) -> bool:
+        """Whether some path does more with it before attention, a norm over heads: what it is given stays as it is."""
+        return any(
+            found.world.values.get(source) and not any(source is each for each in found.sources)
+            for found in self.group.found
+        )
 
     def _fused_call(self, found: Found) -> cst.Call:
         """The call of the one projection of q, k and v."""
