@@ -57,7 +57,15 @@ class Port:
     @property
     def state(self) -> str:
         """One line for a person: what is known about this port."""
-        weights = "random" if (self.manifest.get("verified") or {}).get("checkpoint") == "tiny random" else "real"
+        return self.state_for({})
+
+    def state_for(self, hashes: Mapping[str, str]) -> str:
+        """The same, seen from a checkpoint with these hashes: what was proved on another one is no proof for it."""
+        record = self.manifest.get("verified") or {}
+        weights = "random" if record.get("checkpoint") == "tiny random" else "real"
+        known = record.get("hashes") or {}
+        if weights == "real" and any(known.get(name) != value for name, value in hashes.items()):
+            weights = "other"
         proof = f"verified on {weights} weights" if self.verified else "not verified"
         marks = [name for name, holds in (("partial", self.partial), ("edited", self.edited)) if holds]
         return ", ".join([proof, *marks])

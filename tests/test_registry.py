@@ -130,6 +130,16 @@ def test_verified_holds_only_for_the_bytes_that_were_verified(make_port: MakePor
     assert (port.verified, port.edited, port.state) == (False, True, "not verified, edited")
 
 
+def test_a_proof_on_one_checkpoint_is_none_for_another(make_port: MakePort) -> None:
+    proved = {"config": "a", "checkpoint headers": "b"}
+    port = record_verification(make_port(), {"checkpoint": "here", "hashes": {"port": "p", **proved}})
+    assert port.state_for(proved) == "verified on real weights"
+    assert port.state_for({**proved, "checkpoint headers": "c"}) == "verified on other weights"
+    assert port.state_for({**proved, "config": "c"}) == "verified on other weights"
+    random = record_verification(make_port(), {"checkpoint": "tiny random", "hashes": proved})
+    assert random.state_for({"config": "c"}) == "verified on random weights"
+
+
 def test_register_says_what_is_not_verified_or_edited(make_port: MakePort) -> None:
     port = make_port()
     port.path.write_text("x = 9\n")

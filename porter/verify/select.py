@@ -52,7 +52,7 @@ def _given(request: Request) -> Selected | None:
     if port.target != request.target:
         remedy = f"convert with --target {request.target}" if request.target != "native" else "pass --engine vllm"
         raise PortError(f"{port.path} is a port for {port.target}, not {request.target}", remedy)
-    return Selected(port, f"{port.path} ({port.state})")
+    return Selected(port, f"{port.path} ({_state(port, request)})")
 
 
 def _registered(request: Request) -> Selected | None:
@@ -63,8 +63,15 @@ def _registered(request: Request) -> Selected | None:
             entry = registry.find(architecture)
         except RegistryError:
             continue
-        return Selected(entry.port, f"the registered port {entry.id} of {architecture} ({entry.port.state})")
+        return Selected(entry.port, f"the registered port {entry.id} of {architecture} ({_state(entry.port, request)})")
     return None
+
+
+def _state(port: Port, request: Request) -> str:
+    """What is known of the port, and whether of the weights that it is now taken for."""
+    from porter.weights import checkpoint_hashes
+
+    return port.state_for(checkpoint_hashes(resolve_model(request.model)) if request.model else {})
 
 
 def converted(source: str, folder: Path, target: str) -> Selected:

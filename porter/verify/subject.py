@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from porter.runtime.config import DTYPES
+from porter.runtime.layers.state import keeps_states
 from porter.verify.compare import Originals, originals
 from porter.verify.memory import Spool, give_back
 from porter.verify.port_run import PortRun, load_port_weights, new_port, port_logits, run_port
@@ -93,6 +94,11 @@ class Subject:
     def port_logits(self) -> torch.Tensor:
         """The port's logits `[num_tokens, vocab]`, in float32."""
         return self.memo("port_logits", lambda: self.port_run.logits)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layer of the port keeps a state of each sequence, told once so that no model is kept for it."""
+        return self.memo("keeps_states", lambda: keeps_states(self.model))
 
     @property
     def logit_rounding(self) -> float:

@@ -105,3 +105,16 @@ def test_an_unproved_check_exits_2_and_says_so(port: Port, checkpoint: Path, mon
     monkeypatch.setattr("porter.verify.checks.parallel.check_processes", killed)
     result = CliRunner().invoke(app, ["verify", str(port.path), "--model", str(checkpoint)])
     assert (result.exit_code, "tp 2 processes is unproved" in result.stderr) == (2, True)
+
+
+def test_a_port_proved_on_one_checkpoint_is_said_to_be_unproved_on_another(
+    port: Port, checkpoint: Path, tmp_path: Path
+) -> None:
+    verify(Request(subject=str(port.folder), model=str(checkpoint), tp=(2,)))
+    again = CliRunner().invoke(app, ["ledger", "--model", str(checkpoint), "--port", str(port.path)])
+    assert "verified on real weights" in again.stderr
+    write_checkpoint(tiny_config("llama"), tmp_path / "other")
+    config = tmp_path / "other" / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1'))
+    other = CliRunner().invoke(app, ["ledger", "--model", str(tmp_path / "other"), "--port", str(port.path)])
+    assert "verified on other weights" in other.stderr

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from porter.runtime.engine import LLM
-from porter.runtime.layers.state import keeps_states
 from porter.runtime.outputs import RequestOutput
 from porter.runtime.sampling import SamplingParams
 from porter.verify.checks.logits import tie_margin, tolerated, wrong_tokens
@@ -66,7 +65,7 @@ def scenarios(subject: Subject) -> list[Scenario]:
         Scenario("batched"),
         Scenario("chunked prefill", {"max_num_batched_tokens": 7}),
         Scenario("preempted", {"num_blocks": few, "max_model_len": longest}),
-        *([] if keeps_states(subject.model) else [Scenario("prefix hits", {"num_blocks": 512}, rounds=2)]),
+        *([] if subject.keeps_states else [Scenario("prefix hits", {"num_blocks": 512}, rounds=2)]),
     ]
 
 

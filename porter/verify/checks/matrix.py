@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from porter.runtime.layers.state import StateMixer, keeps_states
+from porter.runtime.layers.state import StateMixer
 from porter.verify.compare import compare, logits_error, originals, token_errors
 from porter.verify.port_run import run_port
 from porter.verify.result import Check
@@ -26,7 +26,7 @@ def check(subject: Subject) -> Check:
     """PASS if every schedule gives the logits of one forward at every position; else the module that does not."""
     limit, errors = subject.tolerance.parallel, {}
     expected = subject.port_logits
-    for name, steps in schedules(subject.prompts, keeps_states(subject.model)).items():
+    for name, steps in schedules(subject.prompts, subject.keeps_states).items():
         logits = subject.logits(subject.model, steps)
         found = token_errors(logits, expected)
         errors[name] = logits_error(logits, expected, subject.half)
@@ -47,7 +47,7 @@ def check(subject: Subject) -> Check:
 
 def states_kept(subject: Subject) -> dict[str, bool]:
     """Says of a port with states that no prefix is shared."""
-    return {"keeps_states": True} if keeps_states(subject.model) else {}
+    return {"keeps_states": True} if subject.keeps_states else {}
 
 
 def _around(subject: Subject, names: list[str]) -> str:
