@@ -83,6 +83,16 @@ def build_port(port: Any, config: Any, linear_method: LinearMethod | None = None
         raise
     except ValueError as error:
         raise ConfigError(f"{port.__name__} refuses this config: {error}", "use a checkpoint that it is for") from error
+    except AttributeError as error:
+        if error.obj is config:
+            raise _lacking(port, str(error.name)) from error
+        raise
+
+
+def _lacking(port: Any, name: str) -> ConfigError:
+    return ConfigError(
+        f"{port.__name__} reads {name}, which this config does not have", "add it to the checkpoint's config.json"
+    )
 
 
 def finish_loading(model: nn.Module) -> None:

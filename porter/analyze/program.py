@@ -65,6 +65,7 @@ class Program:
 
     def _read_config(self, tree: cst.Module) -> None:
         classes = [c for c in Program.read(tree).classes.values() if c.name.endswith("Config")]
+        classes = [c for c in classes if "model_type" in c.constants] or classes  # others say how to export it
         if len(classes) == 1:
             self.config_class = classes[0]
             aliases = classes[0].constants.get("attribute_map")

@@ -111,7 +111,8 @@ def random_subject(
     is_default = variant.name == "default"
     sizes = request.tp or (legal_tp(port_class, config) if is_default else (smallest_tp(config),))
     prompts = random_prompts(config)
-    return Subject(folder, port.path, port_class, config, request.dtype, prompts, sizes, request.trust_remote_code)
+    subject = Subject(folder, port.path, port_class, config, request.dtype, prompts, sizes, request.trust_remote_code)
+    return replace(subject, same_release=of_this_release(port))
 
 
 def _subject(plan: _Plan, folder: Path, config: Any, prompts: list[list[int]], sizes: tuple[int, ...]) -> Subject:

@@ -38,6 +38,7 @@ class Subject:
     """`folder` is the checkpoint, `prompts` the token ids that all checks share; models are made when asked for.
 
     `frugal`: no more is held at a time than the original, one port and what the prompts' logits take.
+    `same_release`: whether the port was made from the file that the original runs.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Subject:
     trust_remote_code: bool = False
     recorded: Recorded | None = None
     frugal: bool = False
+    same_release: bool = True
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property

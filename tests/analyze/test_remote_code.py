@@ -162,3 +162,17 @@ def test_sizes_that_are_put_together_first_hold_for_any_layout() -> None:
         x = x.view(*shape).flatten(-2)
         return self.w2("""
     assert "x.view(*shape)" in conversion.convert(fork(("return self.w2(", halves))).code
+
+
+def test_a_class_that_says_how_to_export_is_not_the_configuration() -> None:
+    text = """
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+    attribute_map = {"hidden_size": "n_embd"}
+
+
+class OwnOnnxConfig(OnnxConfig):
+    pass
+"""
+    program = Program.read(cst.parse_module("x = 1\n"), cst.parse_module(text))
+    assert program.config_aliases == {"hidden_size": "n_embd"}

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
-from porter.runtime.errors import WeightError
+from porter.runtime.errors import ConfigError, WeightError
 from porter.runtime.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from porter.runtime.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from porter.runtime.layers.moe import FusedMoE
-from porter.runtime.loader import load_weights
+from porter.runtime.loader import build_port, load_weights
 from porter.runtime.parallel import run_ranks
 from porter.runtime.resolution import Misshaped, ParameterIndex, Skip, Target, Unknown, WeightRules, resolve
 
@@ -305,3 +306,13 @@ def test_two_second_names_of_one_tensor_are_an_error(checkpoint: dict[str, torch
     del checkpoint["lm_head.weight"]
     with pytest.raises(WeightError, match=r"both fill 'lm_head\.weight'"):
         load({**checkpoint, **both}, rules)
+
+
+def test_a_field_that_a_config_lacks_is_named() -> None:
+    class Asking(nn.Module):
+        def __init__(self, config: PretrainedConfig, linear_method: None) -> None:
+            super().__init__()
+            self.size = config.no_such_field
+
+    with pytest.raises(ConfigError, match="Asking reads no_such_field"):
+        build_port(Asking, PretrainedConfig())
