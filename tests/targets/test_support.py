@@ -163,3 +163,8 @@ def test_only_what_a_port_reads_comes_along() -> None:
     assert "import math" in text
     assert "class Experts" not in text
     assert "AutoWeightsLoader" not in text
+
+
+def test_a_config_without_rope_parameters_is_refused_rather_than_rotated_by_default(support: Any) -> None:
+    with pytest.raises(ValueError, match="no rope_parameters"):
+        support.supported_rope(None)

@@ -65,13 +65,29 @@ cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, pr
         query = self.q_norm(query.view(-1, 2, 8))
         return self.attn(*self.rotary_emb(positions, query.flatten(1), key), value)
 """
+_CHOICE = "config.rope_parameters if config.rotated[layer_idx] else None"
+_SOME = _BEFORE.replace("config, *", "config, layer_idx, *").replace(
+    "rope_parameters=config.rope_parameters", f"rope_parameters=({_CHOICE}) if config.windows else {{}}"
+)
+_SOME_AFTER = (
+    _AFTER.replace("config, *", "config, layer_idx, *")
+    .replace("supported_rope\n", "supported_rope, unrotated\n")
+    .replace(
+        "        self.rotary_emb",
+        f"        rope_parameters = ({_CHOICE}) if config.windows else {{}}\n        self.rotary_emb",
+    )
+    .replace(
+        "supported_rope(config.rope_parameters))",
+        "supported_rope(rope_parameters)) if rope_parameters is not None else unrotated",
+    )
+)
 
 
 class UseAttention(TargetPass):
     """vLLM has one attention layer; it takes window, cap, sinks and slopes, and finds its cache by its name."""
 
     reason = "vLLM's attention layer computes this kind of attention"
-    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_SOME, _SOME_AFTER))
 
     def apply(self, tree: cst.Module, spec: ModelSpec) -> cst.Module:
         kinds = used(tree, PAGED)
@@ -115,7 +131,7 @@ class _Replace(cst.CSTTransformer):
         if "v_head_dim" in given:
             raise Refusal("", 0, "attention", "vLLM's layer has one size for keys and values", "use the native target")
         sizes = [edit.code(a.value) for a in call.args if a.keyword is None]
-        lines = [self._rope(sizes[1], given)] if kind == "rope" else []
+        lines = self._rope(sizes[1], given) if kind == "rope" else []
         fields = [*sizes, *(f"{_NAMES[k]}={v}" for k, v in given.items() if k in _NAMES)]
         if kind == "alibi":
             self._import(SUPPORT, "local_slopes")
@@ -130,19 +146,22 @@ class _Replace(cst.CSTTransformer):
         ]
         return [*lines, f"{target} = Attention({', '.join(fields)})"]
 
-    def _rope(self, head_dim: str, given: dict[str, str]) -> str:
+    def _rope(self, head_dim: str, given: dict[str, str]) -> list[str]:
         self._import(SUPPORT, "supported_rope")
         self._import(f"{LAYERS}.rotary_embedding", "get_rope")
         neox = {"False": "True", "True": "False"}.get(given.get("interleaved", "False"))
         neox = neox or f"not {given['interleaved']}"
         turned = f", {given['rotary_dim']}" if "rotary_dim" in given else ""
-        given_parameters = given["rope_parameters"]
-        parameters = f"supported_rope({given_parameters}{turned})"
-        made = f"get_rope({head_dim}, {given['max_position']}, is_neox_style={neox}, rope_parameters={parameters})"
-        if given_parameters.endswith(" None") or given_parameters.startswith("None "):
-            self._import(SUPPORT, "unrotated")
-            made = f"{made} if ({given_parameters}) is not None else unrotated"
-        return f"self.rotary_emb = {made}"
+        parameters = given["rope_parameters"]
+        sizes = f"{head_dim}, {given['max_position']}, is_neox_style={neox}"
+        if _is_given(edit.parse(parameters)):
+            return [f"self.rotary_emb = get_rope({sizes}, rope_parameters=supported_rope({parameters}{turned}))"]
+        self._import(SUPPORT, "unrotated")
+        made = f"get_rope({sizes}, rope_parameters=supported_rope(rope_parameters{turned}))"
+        return [
+            f"rope_parameters = {parameters}",
+            f"self.rotary_emb = {made} if rope_parameters is not None else unrotated",
+        ]
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         texts = [edit.code(a.value) for a in updated_node.args]
@@ -157,6 +176,11 @@ class _Replace(cst.CSTTransformer):
 
     def _import(self, module: str, name: str) -> None:
         self.imports.setdefault(module, []).append(name)
+
+
+def _is_given(parameters: cst.BaseExpression) -> bool:
+    """Whether every layer rotates: None, which a choice or a table can give, stands for a layer that does not."""
+    return isinstance(parameters, cst.Attribute | cst.Dict)
 
 
 def _is_split(call: cst.Call) -> bool:
