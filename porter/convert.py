@@ -268,7 +268,7 @@ class _Work:
         """A refusal, located; where the file mixes tokens in another way than attention does, that is the reason."""
         entry = self.entry
         nothing_found = entry is not None and refusal.code == "P201" and refusal.what == entry.name
-        early = not self.checked and refusal.code in ("P100", "P101", "P200")
+        early = refusal.code == "P200" or (not self.checked and refusal.code in ("P100", "P101"))
         mixer = find_mixer(self.original, entry) if entry is not None and (early or nothing_found) else None
         if mixer is None:
             return self.located(refusal)

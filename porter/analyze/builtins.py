@@ -66,7 +66,7 @@ def _isinstance(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst
 def _getattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None) -> Value:
     base, name = args[0], args[1]
     if not isinstance(name, Scalar) or not name.known:
-        return _open_attribute(run, base, name)
+        return _open_attribute(run, base, name, node)
     if isinstance(base, Config) and name.const not in SERVING:
         if len(args) > 2:
             run.world.config_reads.setdefault(f"{name.const}?", node or cst.Name("_"))
@@ -79,7 +79,7 @@ def _getattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CS
     return run.attribute(base, name.const, node)
 
 
-def _open_attribute(run: Run, base: Value, name: Value) -> Value:
+def _open_attribute(run: Run, base: Value, name: Value, node: cst.CSTNode | None) -> Value:
     """An attribute under a name that the config decides, as setattr() left it."""
     if isinstance(base, Instance) and base.cls is not None:
         run.world.attribute_reads.add((base.cls.name, scalars.text(name)))
@@ -87,7 +87,7 @@ def _open_attribute(run: Run, base: Value, name: Value) -> Value:
         found: Value = base.attrs[scalars.text(name)]
         return found
     if isinstance(base, Instance) and isinstance(name, Scalar) and name.op == "string":
-        raise Infeasible
+        raise Infeasible(node)
     return Value(op="unknown", attrs={"why": "getattr with an open name"})
 
 

@@ -48,7 +48,7 @@ class Calls(Lookups):
             return ops.method(self, function.args[0], function.attrs["name"], args, kwargs, node)
         if isinstance(function, Scalar) and not function.known:
             if any(isinstance(a, Tensor) for a in [*args, *kwargs.values()]):
-                raise Infeasible  # a config is data: no field of it works on tensors
+                raise Infeasible(node)  # a config is data: no field of it works on tensors
             inside = ", ".join([scalars.text(a) for a in args] + [f"{k}={scalars.text(v)}" for k, v in kwargs.items()])
             return symbol(f"{function.text}({inside})")
         if function.op == "select" and all(isinstance(f, Function | Layer | External) for f in function.args[1:]):

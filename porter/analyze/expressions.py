@@ -175,7 +175,7 @@ class Expressions(Calls):
 
     def binary(self, operator: str, left: Value, right: Value, node: cst.CSTNode) -> Value:
         if "unbound" in (left.op, right.op):
-            raise Infeasible  # as Python does
+            raise Infeasible(node)  # as Python does
         name = _BINARY.get(operator, operator.lower())
         if isinstance(left, Sequence) and isinstance(right, Sequence) and name == "add":
             return Sequence(

@@ -93,6 +93,12 @@ def _all_raise(program: Program, entry: ClassInfo, stop: cst.CSTNode | None) -> 
     remedy = "the engine gives token ids and positions alone; make the rest optional, or port the decoder inside"
     if stop is None:
         return Refusal("", 0, entry.name, "every path through its forward raises", remedy, "P110")
+    if isinstance(stop, cst.Call):
+        what = " ".join(program.tree.code_for_node(stop.func).split())[:90]
+        why = "what is called here is made from a config, not by a class of this file"
+        return Refusal(
+            "", line_of(program.tree, stop), what, why, "convert the language model that it stands for", "P110"
+        )
     told = program.tree.code_for_node(stop.test if isinstance(stop, cst.If) else stop).strip()
     what = f"if {told}: raise" if isinstance(stop, cst.If) else " ".join(told.split())[:120]
     why = f"every path through the forward of {entry.name} raises, the first one here"

@@ -97,10 +97,12 @@ def _recurrence(function: cst.FunctionDef, program: Program) -> cst.CSTNode | No
     """A loop over positions whose turns hand a value on: `for t in range(length): state = f(state, x[:, t])`."""
     lengths = _from(function, {n for names, value in _assignments(function) if _is_size(value) for n in names})
     for loop in _walk(function):
+        bound: cst.BaseExpression
+        places: cst.BaseExpression
         if isinstance(loop, cst.For) and next(_calls(loop.iter, "range"), None) is not None:
-            bound, places = loop.iter, loop.target
+            bound, places = loop.iter, cst.ensure_type(loop.target, cst.BaseExpression)
         elif isinstance(loop, cst.While):
-            bound = places = loop.test
+            bound, places = loop.test, loop.test
         else:
             continue
         over_tokens = _is_size(bound) or bool(_names(bound) & lengths)
@@ -169,6 +171,32 @@ def _joined_rows(function: cst.FunctionDef, program: Program) -> cst.CSTNode | N
     return None
 
 
+def _shared_keys(function: cst.FunctionDef, program: Program) -> cst.CSTNode | None:
+    """Two values read from an item of an argument in one layer, that another layer put there: `k, v = shared[i]`."""
+    params = {p.name.value for p in (*function.params.params, *function.params.kwonly_params)}
+    read: dict[str, cst.CSTNode] = {}
+    written: set[str] = set()
+    for each in (n for n in _walk(function) if isinstance(n, cst.Assign)):
+        target, value = each.targets[0].target, each.value
+        if isinstance(target, cst.Tuple) and len(target.elements) == 2 and isinstance(value, cst.Subscript):
+            read.setdefault(full_name(value.value), value)
+        if isinstance(target, cst.Subscript) and isinstance(value, cst.Tuple) and len(value.elements) == 2:
+            written.add(full_name(target.value))
+    return next((node for name, node in read.items() if name in written & params), None)
+
+
+def _run_again(function: cst.FunctionDef, program: Program) -> cst.CSTNode | None:
+    """A part of the model that a loop runs again and again, with a cache."""
+    for loop in _walk(function):
+        if not isinstance(loop, cst.For) or next(_calls(loop.iter, "range"), None) is None:
+            continue
+        for call in _walk(loop.body):
+            part = isinstance(call, cst.Call) and full_name(call.func).startswith("self.")
+            if part and any(full_name(a.value) == "past_key_values" for a in cst.ensure_type(call, cst.Call).args):
+                return call
+    return None
+
+
 def _indexer(function: cst.FunctionDef, program: Program) -> cst.CSTNode | None:
     """The best of scores, in a function that is given positions or a cache, or makes a mask of them."""
     params = {p.name.value for p in (*function.params.params, *function.params.kwonly_params)}
@@ -208,6 +236,18 @@ _KINDS: tuple[tuple[str, str, _Find], ...] = (
         "attention); it needs a cache of the indexer's keys, which the runtime does not have",
         "use an engine with sparse attention",
         _indexer,
+    ),
+    (
+        "a layer attends to keys and values that another layer made (KV sharing across layers); in the runtime each "
+        "layer has a cache of its own",
+        "use an engine that shares caches between layers",
+        _shared_keys,
+    ),
+    (
+        "the same layers run again and again for one token, and each time with other keys and values; in the runtime a "
+        "layer has one cache",
+        "use the model with its own code",
+        _run_again,
     ),
     (
         "a convolution along the sequence, as state-space and linear-attention layers have; it keeps a state from "

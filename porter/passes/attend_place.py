@@ -74,9 +74,15 @@ def find_groups(facts: Facts) -> list[Group]:
 
 def _core_line(facts: Facts, world: World) -> int:
     for node, values in world.values.items():
-        if any(v.op in ("attention", "softmax") for v in values):
+        if any(_attends(v) for v in values):
             return line_of(facts.program.tree, node)
     return 0
+
+
+def _attends(value: Value) -> bool:
+    """Whether a value is attention's, or what an attention interface returns: its heads moved, and weights."""
+    items = value.items if isinstance(value, Sequence) else (value,)
+    return any(v.op in ("attention", "softmax") or any(a.op == "attention" for a in v.args[:1]) for v in items)
 
 
 def _place(facts: Facts, world: World, core: Core) -> Found:

@@ -39,6 +39,17 @@ PROMPT = """
 STACKED = """
         x = torch.cat([x] + streams, 1)
 """
+SHARED = """
+        if self.reads:
+            keys, values = shared[self.source]
+        else:
+            keys, values = self.k(x), self.v(x)
+            shared[self.index] = keys, values
+"""
+AGAIN = """
+        for _ in range(self.cycles):
+            x = self.stack(x, past_key_values)
+"""
 EXPERTS = """
         for e in range(self.num_experts):
             x = x + weights[:, e, None] * self.experts[e](x)
@@ -88,6 +99,8 @@ class Unused(nn.Module):
         (BUCKETS, "x", "LSH attention"),
         (INDEXER, "x, position_embeddings", "an indexer"),
         (PATCHES, "x", "patches"),
+        (SHARED, "x, shared", "KV sharing across layers"),
+        (AGAIN, "x, past_key_values", "the same layers run again"),
         (PROMPT, "input_ids", "learned prompts"),
         (STACKED, "x", "n-gram streams"),
         ("\n        self.conv = nn.Conv1d(4, 4, 3)\n", "x", "a convolution along the sequence"),
