@@ -97,10 +97,10 @@ def _recurrence(function: cst.FunctionDef, program: Program) -> cst.CSTNode | No
     """A loop over positions whose turns hand a value on: `for t in range(length): state = f(state, x[:, t])`."""
     lengths = _from(function, {n for names, value in _assignments(function) if _is_size(value) for n in names})
     for loop in _walk(function):
-        bound: cst.BaseExpression
-        places: cst.BaseExpression
+        bound: cst.CSTNode
+        places: cst.CSTNode
         if isinstance(loop, cst.For) and next(_calls(loop.iter, "range"), None) is not None:
-            bound, places = loop.iter, cst.ensure_type(loop.target, cst.BaseExpression)
+            bound, places = loop.iter, loop.target
         elif isinstance(loop, cst.While):
             bound, places = loop.test, loop.test
         else:
