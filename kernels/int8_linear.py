@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from porter.kernels.scaled_linear import scaled_linear
 
 # up to so many rows the fused kernel wins
 _FEW_ROWS = 8
@@ -22,18 +23,6 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The float weight `[..., out, in]` that int8 `weight` and `scale` `[..., out]` stand for."""
-    return (weight.float() * scale[..., None]).to(dtype)
-
-
-def int8_linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x `[..., in]`, int8 weight `[out, in]`, scale `[out]` -> `[..., out]`."""
-    return F.linear(x, dequantize_int8(weight, scale, x.dtype), bias)
-
-
 def int8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -41,9 +30,8 @@ def int8_linear(
     if _decodes_fast(x, weight):
         y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight, scale.to(x.dtype))
         y = y.view(*x.shape[:-1], -1)
-    else:
-        y = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-    return y if bias is None else y + bias
+        return y if bias is None else y + bias
+    return scaled_linear(x, weight, scale, bias)
 
 
 def _decodes_fast(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -15,24 +15,42 @@ CASES: list[dict[str, Any]] = [
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _waiting_time(uniform):  # type: ignore[no-untyped-def]
+    """-log(1 - u), exponentially distributed; the series keeps the small ones exact, which are those that win."""
+    uniform = tl.maximum(uniform, 1e-10)
+    return tl.where(uniform < 1e-3, uniform * (1.0 + 0.5 * uniform), -tl.log(1.0 - uniform))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _best_of_block_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, temperature_ptr, seeds_ptr, best_ptr, index_ptr, stride_logits, vocab_size, num_blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = tokens < vocab_size
-    # masked lanes hold -inf and are never the best
-    scores = tl.load(logits_ptr + row * stride_logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+    quarter: tl.constexpr = BLOCK // 4
+    lanes = tl.arange(0, quarter)
     temperature = tl.load(temperature_ptr + row)
+    zeros = tl.zeros([quarter], tl.float32)
+    first, second, third, fourth = zeros, zeros, zeros, zeros
     if temperature > 0:
-        uniform = tl.maximum(tl.rand(tl.load(seeds_ptr + row), tokens), 1e-10)
-        # -log(1 - u) is exponential; the series keeps the small ones exact, which are those that win
-        waiting = tl.where(uniform < 1e-3, uniform * (1.0 + 0.5 * uniform), -tl.log(1.0 - uniform))
-        scores = scores / temperature - tl.log(waiting)
-    best, index = tl.max(scores, 0, return_indices=True)
-    tl.store(best_ptr + row * num_blocks + tl.program_id(1), best)
-    tl.store(index_ptr + row * num_blocks + tl.program_id(1), index + tl.program_id(1) * BLOCK)
+        # one draw of the generator is four numbers
+        first, second, third, fourth = tl.rand4x(tl.load(seeds_ptr + row), tl.program_id(1) * quarter + lanes)
+    best = tl.full([quarter], float("-inf"), tl.float32)
+    index = tl.zeros([quarter], tl.int32)
+    for i in tl.static_range(4):
+        uniform = (first, second, third, fourth)[i]
+        tokens = tl.program_id(1) * BLOCK + i * quarter + lanes
+        inside = tokens < vocab_size
+        # masked lanes hold -inf and are never the best
+        scores = tl.load(logits_ptr + row * stride_logits + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+        if temperature > 0:
+            scores = scores / temperature - tl.log(_waiting_time(uniform))
+        index = tl.where(scores > best, tokens, index)
+        best = tl.maximum(best, scores)
+    highest = tl.max(best, 0)
+    place = row * num_blocks + tl.program_id(1)
+    tl.store(best_ptr + place, highest)
+    tl.store(index_ptr + place, tl.min(tl.where(best == highest, index, 2147483647), 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

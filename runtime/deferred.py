@@ -1,18 +1,20 @@
 """Results that are computed when they are first used: who uses them may compute more in the same kernel.
 
-A layer returns a Deferred on a GPU where a known user of its result can do the work better: RMSNorm adds and
-normalises in one pass over memory, attention normalises heads while it loads them, an activation joins the linear
-before it. Any other use, be it an operation, a method or a property with data, computes the plain result first.
-Nothing in a port needs to know.
+A layer returns a Deferred on a GPU where a known user of its result can do the work better: RMSNorm and torch's
+layer_norm add and normalise in one pass over memory, attention normalises heads while it loads them, an activation
+joins the linear before it. Any other use, be it an operation, a method or a property with data, computes the plain
+result first. Nothing in a port needs to know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from porter.kernels.backend import use_triton
+from porter.kernels.layer_norm import add_layer_norm
 from porter.runtime.errors import EngineError
 
 _PROPERTIES: Any = [getattr(torch.Tensor, name) for name in ("shape", "dtype", "device", "is_cuda", "is_cpu", "ndim")]
@@ -104,6 +106,23 @@ class Sum(Deferred):
     def __init__(self, x: torch.Tensor, residual: torch.Tensor) -> None:
         super().__init__(x, residual)
         self.terms = (x, residual)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.layer_norm and isinstance(args[0], Sum) and args[0].is_pending:
+            found = args[0]._layer_norm(*args[1:], **(kwargs or {}))
+            if found is not None:
+                return found
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _layer_norm(
+        self, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> torch.Tensor | None:
+        if tuple(shape) != tuple(self.shape[-1:]):
+            return None
+        return self.apart(lambda x, residual: add_layer_norm(x, residual, weight, bias, eps))
 
     def compute(self) -> torch.Tensor:
         x, residual = (materialize(term) for term in self.terms)

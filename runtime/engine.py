@@ -41,7 +41,7 @@ class LLM:
 
     model: checkpoint folder or hub name.
     port: port file, folder, "module:Class" or class; without it the registry decides by the config's architectures.
-    dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". quantization: None or "int8".
+    dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". quantization: None, "int8" or "fp8".
     max_model_len: prompt plus output in tokens; default what the model has positions for.
     num_blocks: KV cache blocks of block_size tokens; default what memory allows.
     max_num_batched_tokens, max_num_seqs: tokens and sequences of a step at most.

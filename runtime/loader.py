@@ -157,7 +157,9 @@ def _load_part(model: nn.Module, parameter: str, part: Part, tensor: torch.Tenso
 
 def _check_dtype(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
     quantized = getattr(parameter, "dtype", None) == torch.int8
-    if (parameter.is_floating_point() or quantized) and not tensor.is_floating_point():
+    # numbers of 8 bits mean nothing without their scales
+    floats = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    if (parameter.is_floating_point() or quantized) and not floats:
         raise WeightError(
             f"checkpoint tensor {name!r} holds {tensor.dtype}, not floats", "use the checkpoint's unquantized form"
         )

@@ -15,6 +15,7 @@ from torch import nn
 from porter.runtime.checkpoint import iterate_weights
 from porter.runtime.config import EngineConfig
 from porter.runtime.deferred import materialize
+from porter.runtime.errors import ConfigError
 from porter.runtime.layers.linear import LinearMethod
 from porter.runtime.layers.packing import pack_weights
 from porter.runtime.layers.state import state_bytes
@@ -166,14 +167,18 @@ def _build_model(config: EngineConfig) -> nn.Module:
 def _linear_method(config: EngineConfig) -> LinearMethod | None:
     stored = getattr(config.hf_config, "quantization_config", None) or {}
     stored_name = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    name = config.quantization or stored_name
-    return None if name is None else get_linear_method(str(getattr(name, "value", name)))
+    if stored_name is not None:
+        raise ConfigError(
+            f"the checkpoint is stored quantized ({getattr(stored_name, 'value', stored_name)})",
+            "use its unquantized form; quantization='int8' or 'fp8' rounds that while loading",
+        )
+    return None if config.quantization is None else get_linear_method(config.quantization)
 
 
 def _fill_with_noise(model: nn.Module, seed: int) -> None:
     for name, tensor in model.state_dict().items():
         generator = torch.Generator(tensor.device).manual_seed(seed + len(name))
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             tensor.uniform_(-1e-3, 1e-3, generator=generator)
 
 

@@ -42,7 +42,7 @@ def throughput(
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 8192,
+    max_num_batched_tokens: MaxNumBatchedTokens = 16384,
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: Memory = 0.9,
     enforce_eager: Eager = False,
@@ -76,7 +76,7 @@ def latency(
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 8192,
+    max_num_batched_tokens: MaxNumBatchedTokens = 16384,
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: Memory = 0.9,
     enforce_eager: Eager = False,
@@ -113,7 +113,7 @@ def profile(
     from porter.bench import commands
 
     work = commands.workload(batch, str(context), "256", 0.6, 0)
-    engine = commands.engine(work, batch, 8192, None, gpu_memory_utilization, enforce_eager)
+    engine = commands.engine(work, batch, 16384, None, gpu_memory_utilization, enforce_eager)
     setup = commands.setup(model, port, dtype, device, load_format, engine, None)
     commands.profile(setup, batch, context, output)
 

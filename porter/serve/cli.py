@@ -22,7 +22,7 @@ def serve(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a block of the KV cache.")] = 16,
     num_gpu_blocks_override: Annotated[int | None, typer.Option(min=1, help="Blocks of the KV cache.")] = None,
     enable_prefix_caching: Annotated[bool, typer.Option(help="Share the blocks of equal prefixes.")] = True,
-    quantization: Annotated[str | None, typer.Option(help="How to store weights, such as int8.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="How to store weights: int8 or fp8.")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU to use.")] = 0.9,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
     seed: Annotated[int, typer.Option(help="For requests that give none.")] = 0,

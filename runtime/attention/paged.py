@@ -20,6 +20,9 @@ from porter.runtime.layers.sharding import shard_parameter
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.parallel import get_tp_rank, get_tp_size
 
+# measured on an H100
+_FEW_SEQUENCES = 64
+
 
 class PagedAttention(nn.Module):
     """Causal attention of new tokens over all cached ones, with the traits that models differ in."""
@@ -96,7 +99,8 @@ class PagedAttention(nn.Module):
         m: AttentionMetadata,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        """Decoding sequences in one kernel each layer; with others in the step, those are attended to apart."""
+        """A few decoding sequences in one kernel each layer. Heads of many are prepared once, not by each of a sequence's
+        programs; what else is in the step is attended to apart."""
         fused = self.cache_dim == self.head_dim  # else heads are padded, after their norm
         query, query_norm = split_norm(query) if fused else (materialize(query), None)
         key, key_norm = split_norm(key) if fused else (materialize(key), None)
@@ -107,12 +111,14 @@ class PagedAttention(nn.Module):
         n = m.num_decodes
         first, others = m.once("batches", lambda: (_part(m, slice(0, n)), _part(m, slice(n, None))))
         arguments = (kv_cache, m.slot_mapping, positions)
-        if n == len(m.context_lens):
+        num_seqs = len(m.context_lens)
+        if n == num_seqs <= _FEW_SEQUENCES:
             out = decode_attention(query, key, value, *arguments, first, self.traits, norms, rotation, *extras)
         else:
             query = rotate_and_store(query, key, value, *arguments, norms, rotation)
             out = torch.empty_like(query)
-            paged_attention(query, kv_cache, others, self.traits, *extras, out=out)
+            if n < num_seqs:
+                paged_attention(query, kv_cache, others, self.traits, *extras, out=out)
             if n:
                 ready = (query[:n], key[:n], value[:n])
                 decode_attention(*ready, *arguments, first, self.traits, (None, None), None, *extras, out=out[:n])

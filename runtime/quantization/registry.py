@@ -12,6 +12,6 @@ def get_linear_method(name: str) -> LinearMethod:
     """The method in porter/runtime/quantization/<name>.py (its METHOD). Raises ConfigError for an unknown name."""
     module = f"porter.runtime.quantization.{name}"
     if not re.fullmatch(r"\w+", name) or name == "registry" or find_spec(module) is None:
-        raise ConfigError(f"unknown quantization {name!r}", "use 'int8', or none")
+        raise ConfigError(f"unknown quantization {name!r}", "use 'int8', 'fp8', or none")
     method: LinearMethod = import_module(module).METHOD
     return method

@@ -17,12 +17,13 @@ from porter.kernels.argmax import argmax
 from porter.kernels.cpu_library import cpu_function
 from porter.kernels.decode_attention_cpu import can_decode, decode_attention_cpu
 from porter.kernels.draw_tokens import draw_tokens, draw_tokens_reference
-from porter.kernels.int8_linear import dequantize_int8, quantize_int8
+from porter.kernels.int8_linear import quantize_int8
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch, paged_attention_reference
 from porter.kernels.panel_linear import CASES, can_pack_panels, pack_panels, panel_linear, panel_linear_reference
 from porter.kernels.rms_norm import rms_norm, rms_norm_reference
 from porter.kernels.rotary_embedding import rotary_embedding_reference, rotary_tables
 from porter.kernels.rotate_and_store_cpu import can_rotate_and_store, rotate_and_store_cpu
+from porter.kernels.scaled_linear import dequantize
 from porter.kernels.store_kv_cache import store_kv_cache_reference
 
 can_compile = pytest.mark.skipif(
@@ -103,7 +104,7 @@ def test_panel_linear_of_int8(case: dict[str, Any], dtype: torch.dtype) -> None:
     x = torch.randn(case["num_tokens"], case["in_features"]).to(dtype)
     found = panel_linear(x, pack_panels(weight, dtype), case["out_features"], bias, scale)
     wide = None if bias is None else bias.double()
-    expected = F.linear(x.double(), dequantize_int8(weight, scale.double(), torch.float64), wide)
+    expected = F.linear(x.double(), dequantize(weight, scale.double(), torch.float64), wide)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * case["in_features"] ** 0.5)
 

@@ -9,11 +9,14 @@ import torch
 
 from porter.kernels import decode_attention as decode_module
 from porter.kernels import fused_moe as moe_module
+from porter.kernels import layer_norm as layer_norm_module
 from porter.kernels import linear_row as row_module
 from porter.kernels import rms_norm as norm_module
 from porter.kernels import rotate_and_store as store_module
 from porter.kernels import sample_tokens as sample_module
+from porter.kernels import scaled_linear as scaled_module
 from porter.kernels.backend import HAS_TRITON
+from porter.kernels.int8_linear import quantize_int8
 from porter.kernels.paged_attention import AttentionTraits, PagedBatch
 from porter.kernels.rotate import HeadNorm, Rotation
 
@@ -77,6 +80,30 @@ def test_add_rms_norm(case: dict[str, Any], dtype: torch.dtype) -> None:
     assert_close(normed, norm_module.rms_norm_reference(x + residual, weight, 1e-5, case["unit_offset"]))
 
 
+@pytest.mark.parametrize("case", layer_norm_module.CASES)
+@dtypes
+def test_add_layer_norm(case: dict[str, Any], dtype: torch.dtype) -> None:
+    x, residual = (torch.randn(case["num_tokens"], case["hidden_size"]).to(dtype) * 3 + 1 for _ in range(2))
+    weight, bias = (torch.randn(case["hidden_size"]).to(dtype) if case[name] else None for name in ("weight", "bias"))
+    found = layer_norm_module._launch(x, residual, weight, bias, 1e-3)
+    for each, expected in zip(
+        found, layer_norm_module.add_layer_norm_reference(x, residual, weight, bias, 1e-3), strict=True
+    ):
+        assert_close(each, expected)
+
+
+@pytest.mark.parametrize("case", scaled_module.CASES)
+@pytest.mark.parametrize("quantize", [quantize_int8, scaled_module.quantize_fp8])
+@dtypes
+def test_scaled_linear(case: dict[str, Any], quantize: Any, dtype: torch.dtype) -> None:
+    x = torch.randn(case["num_tokens"], case["in_features"]).to(dtype)
+    weight, scale = quantize(torch.randn(case["out_features"], case["in_features"]) * case["in_features"] ** -0.5)
+    bias = torch.randn(case["out_features"]).to(dtype) if case["bias"] else None
+    found = scaled_module._launch(x, weight, scale, bias)
+    wide = (x.float(), weight, scale, None if bias is None else bias.float())
+    assert_close(found, scaled_module.scaled_linear_reference(*wide).to(dtype))
+
+
 @pytest.mark.parametrize("case", store_module.CASES)
 @dtypes
 def test_rotate_and_store(case: dict[str, Any], dtype: torch.dtype) -> None:
@@ -125,7 +152,7 @@ def decode_inputs(case: dict[str, Any], dtype: torch.dtype) -> tuple[list[Any], 
 def test_decode_attention(case: dict[str, Any], dtype: torch.dtype) -> None:
     arguments, cache = decode_inputs(case, dtype)
     projections, given = arguments[:3], arguments[4:]
-    run: Any = partial(decode_module._launch, splits=case["splits"])
+    run: Any = partial(decode_module._launch, ranges=case["ranges"])
     reference: Any = decode_module.decode_attention_reference
     expected_cache = cache.clone()
     expected = reference(*projections, expected_cache, *given)

@@ -14,9 +14,10 @@ from porter.runtime.errors import EngineError
 from porter.runtime.layers.activation import get_act_and_mul
 from porter.runtime.layers.linear import LinearOutput, MergedColumnParallelLinear, RowParallelLinear
 from porter.runtime.layers.norm import NormedHeads, RMSNorm
+from porter.runtime.layers.scaled import ScaledLinearMethod
 from porter.runtime.metadata import AttentionMetadata
 from porter.runtime.model_registry import load_port
-from porter.runtime.quantization.int8 import METHOD as INT8
+from porter.runtime.quantization.registry import get_linear_method
 
 pytestmark = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs triton and its interpreter")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -73,6 +74,24 @@ def test_an_addition_and_the_norm_behind_it_are_one_kernel(monkeypatch: pytest.M
 
 
 @torch.no_grad()
+def test_an_addition_and_a_layer_norm_of_torch_are_one_kernel() -> None:
+    linear, norm, x, residual = RowParallelLinear(8, 8), nn.LayerNorm(8), torch.randn(3, 8), torch.randn(3, 8)
+    fill(linear)
+    fill(norm, 1)
+    expected = norm(residual + linear(x))
+    with interpreting():
+        total = residual + linear(x)
+        found = norm(total)
+        assert not total.is_pending
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(total * 1, residual + linear(x) * 1)
+        # normalised otherwise than over whole rows, it is the plain sum
+        plain = residual + linear(x)
+        torch.testing.assert_close(nn.LayerNorm([3, 8])(plain), nn.LayerNorm([3, 8])(plain * 1))
+
+
+@torch.no_grad()
 def test_one_row_is_activated_by_the_linear() -> None:
     linear, act = MergedColumnParallelLinear(8, [4, 4], bias=False), get_act_and_mul("silu")
     fill(linear)
@@ -85,13 +104,17 @@ def test_one_row_is_activated_by_the_linear() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
 @torch.no_grad()
-def test_int8_weights_keep_their_scales(num_rows: int) -> None:
-    linear = MergedColumnParallelLinear(8, [4, 4], bias=False, linear_method=INT8)
-    linear.weight.copy_(torch.randint(-127, 128, (8, 8)))
-    linear.get_parameter("weight_scale").copy_(torch.rand(8) * 0.02)
+def test_weights_of_8_bits_keep_their_scales(name: str, num_rows: int) -> None:
+    method = get_linear_method(name)
+    assert isinstance(method, ScaledLinearMethod)
+    linear = MergedColumnParallelLinear(8, [4, 4], bias=False, linear_method=method)
+    weight, scale = method.quantize(torch.randn(8, 8) * torch.arange(1, 9)[:, None])
+    linear.weight.copy_(weight)
+    linear.get_parameter("weight_scale").copy_(scale)
     act, x = get_act_and_mul("silu"), torch.randn(num_rows, 8)
-    dense = INT8.dequantize(linear)
+    dense = method.dequantize(linear)
     with interpreting():
         torch.testing.assert_close(linear(x) * 1, x @ dense.T)
         torch.testing.assert_close(act(linear(x)), act(x @ dense.T))

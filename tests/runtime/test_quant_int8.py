@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from porter.kernels.int8_linear import CASES, dequantize_int8, int8_linear, int8_linear_reference, quantize_int8
+from porter.kernels.int8_linear import CASES, int8_linear, quantize_int8
+from porter.kernels.scaled_linear import dequantize, scaled_linear_reference
 from porter.runtime.errors import ConfigError
 from porter.runtime.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from porter.runtime.layers.linear import ColumnParallelLinear, LinearMethod, QKVParallelLinear, RowParallelLinear
@@ -33,7 +34,7 @@ def test_rounding_is_within_half_a_step(scale: float) -> None:
     weight[3] = 0
     quantized, scales = quantize_int8(weight)
     assert quantized.dtype == torch.int8
-    error = (dequantize_int8(quantized, scales, torch.float32) - weight).abs()
+    error = (dequantize(quantized, scales, torch.float32) - weight).abs()
     assert bool((error <= scales[:, None] * 0.5001).all())
 
 
@@ -44,7 +45,7 @@ def test_the_cpu_path_equals_the_reference(case: dict[str, int], dtype: torch.dt
     bias = torch.randn(case["out_features"]).to(dtype) if case["bias"] else None
     x = torch.randn(case["num_tokens"], case["in_features"]).to(dtype)
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
-    expected = int8_linear_reference(x.float(), weight, scale, None if bias is None else bias.float())
+    expected = scaled_linear_reference(x.float(), weight, scale, None if bias is None else bias.float())
     found = int8_linear(x, weight, scale, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance * 8)
@@ -58,7 +59,7 @@ def load(layer: nn.Module, tensors: dict[str, torch.Tensor], name: str = "layer"
 def test_shards_are_slices_of_the_whole_layer(size: int) -> None:
     weight, bias, x = torch.randn(8, 12), torch.randn(8), torch.randn(3, 12)
     quantized, scale = quantize_int8(weight)
-    expected = linear(x, dequantize_int8(quantized, scale, torch.float32), bias)
+    expected = linear(x, dequantize(quantized, scale, torch.float32), bias)
 
     def run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         column = ColumnParallelLinear(12, 8, linear_method=METHOD)
@@ -103,7 +104,7 @@ def test_embedding_head_and_tie_share_scales() -> None:
     port = Port(METHOD)
     filled = load_weights(port, [("embed.weight", weight)], WeightRules(tied={"lm_head.weight": "embed.weight"}))
     assert filled == {"embed.weight", "lm_head.weight"}
-    stored = dequantize_int8(*quantize_int8(weight), torch.float32)
+    stored = dequantize(*quantize_int8(weight), torch.float32)
     torch.testing.assert_close(port.embed(torch.tensor([8, 0])), stored[[8, 0]])
     torch.testing.assert_close(port.lm_head(hidden), linear(hidden, stored), rtol=1e-4, atol=1e-5)
 
