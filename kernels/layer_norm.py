@@ -19,8 +19,8 @@ def add_layer_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(layer_norm(x + residual), x + residual) of x and residual `[T, hidden]`; weight and bias `[hidden]`."""
     total = x + residual
-    wide = [None if t is None else t.float() for t in (weight, bias)]
-    return F.layer_norm(total.float(), total.shape[-1:], *wide, eps).to(x.dtype), total
+    scale, shift = (None if t is None else t.float() for t in (weight, bias))
+    return F.layer_norm(total.float(), [total.shape[-1]], scale, shift, eps).to(x.dtype), total
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -14,7 +14,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _waiting_time(uniform):  # type: ignore[no-untyped-def]
     """-log(1 - u), exponentially distributed; the series keeps the small ones exact, which are those that win."""
     uniform = tl.maximum(uniform, 1e-10)

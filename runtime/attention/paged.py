@@ -99,8 +99,8 @@ class PagedAttention(nn.Module):
         m: AttentionMetadata,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        """A few decoding sequences in one kernel each layer. Heads of many are prepared once, not by each of a sequence's
-        programs; what else is in the step is attended to apart."""
+        """A few decoding sequences in one kernel each layer. Of many, heads are prepared once, not by each program that
+        works on a sequence; what else is in the step is attended to apart."""
         fused = self.cache_dim == self.head_dim  # else heads are padded, after their norm
         query, query_norm = split_norm(query) if fused else (materialize(query), None)
         key, key_norm = split_norm(key) if fused else (materialize(key), None)
