@@ -28,6 +28,8 @@ def _complete(options: ServeOptions) -> ServeOptions:
     keys = options.api_keys or tuple(key for key in (os.environ.get(_KEY_VARIABLE),) if key)
     if not all(keys):
         raise UsageError("an API key is empty", "give a key, or leave --api-key out")
+    if options.generation_config not in ("auto", "none"):
+        raise UsageError(f"generation config {options.generation_config!r} is unknown", "use auto or none")
     names = options.served_model_names or (str(options.engine["model"]),)
     engine = {**options.engine, **_model(str(options.engine["model"]))}
     return replace(options, api_keys=keys, served_model_names=names, engine=engine, registered=_registered())
