@@ -31,6 +31,18 @@ class Loader:
         return set(found)
 
 
+class Attention(nn.Module):
+    """Gives back the values that it is given, which have to be as large as the keys."""
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int) -> None:
+        super().__init__()
+        self.head_size = head_size
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        assert value.shape == key.shape
+        return value
+
+
 def set_attributes(parameter: Any, attributes: dict[str, Any]) -> None:
     for name, value in attributes.items():
         setattr(parameter, name, value)
@@ -51,6 +63,7 @@ def support(monkeypatch: pytest.MonkeyPatch, rank: int) -> Any:
             "tensor_model_parallel_all_reduce": lambda x: x,
         },
         "vllm.model_executor.layers.activation": {"get_act_and_mul_fn": _unknown, "get_act_fn": lambda name: nn.SiLU()},
+        "vllm.model_executor.layers.attention": {"Attention": Attention},
         "vllm.model_executor.layers.linear": {"QKVParallelLinear": QKV},
         "vllm.model_executor.model_loader.weight_utils": {"sharded_weight_loader": lambda dim: None},
         "vllm.model_executor.models.utils": {
@@ -168,3 +181,14 @@ def test_only_what_a_port_reads_comes_along() -> None:
 def test_a_config_without_rope_parameters_is_refused_rather_than_rotated_by_default(support: Any) -> None:
     with pytest.raises(ValueError, match="no rope_parameters"):
         support.supported_rope(None)
+
+
+def test_values_smaller_than_keys_are_padded_and_cut(support: Any) -> None:
+    attention = support.AttentionWithSmallValues(2, 3, 4, 1.0, num_kv_heads=3)
+    query, key, value = torch.randn(5, 12), torch.randn(5, 12), torch.randn(5, 6)
+    assert torch.equal(attention(query, key, value), value)
+
+
+def test_values_larger_than_keys_are_refused(support: Any) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        support.AttentionWithSmallValues(8, 3, 4, 1.0, num_kv_heads=3)

@@ -81,13 +81,19 @@ _SOME_AFTER = (
         "supported_rope(rope_parameters)) if rope_parameters is not None else unrotated",
     )
 )
+_SMALL = _BEFORE.replace("sliding_window=config.sliding_window", "v_head_dim=config.v_head_dim")
+_SMALL_AFTER = (
+    _AFTER.replace("supported_rope\n", "AttentionWithSmallValues, supported_rope\n")
+    .replace("= Attention(", "= AttentionWithSmallValues(config.v_head_dim, ")
+    .replace("per_layer_sliding_window=config.sliding_window, ", "")
+)
 
 
 class UseAttention(TargetPass):
     """vLLM has one attention layer; it takes window, cap, sinks and slopes, and finds its cache by its name."""
 
     reason = "vLLM's attention layer computes this kind of attention"
-    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_SOME, _SOME_AFTER))
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_SOME, _SOME_AFTER), Example(_SMALL, _SMALL_AFTER))
 
     def apply(self, tree: cst.Module, spec: ModelSpec) -> cst.Module:
         kinds = used(tree, PAGED)
@@ -128,8 +134,6 @@ class _Replace(cst.CSTTransformer):
             why = "the attention layer is no attribute, so vLLM can't name it"
             raise Refusal("", 0, target, why, "assign it to self")
         given = {a.keyword.value: edit.code(a.value) for a in call.args if a.keyword is not None}
-        if "v_head_dim" in given:
-            raise Refusal("", 0, "attention", "vLLM's layer has one size for keys and values", "use the native target")
         sizes = [edit.code(a.value) for a in call.args if a.keyword is None]
         lines = self._rope(sizes[1], given) if kind == "rope" else []
         fields = [*sizes, *(f"{_NAMES[k]}={v}" for k, v in given.items() if k in _NAMES)]
@@ -144,7 +148,10 @@ class _Replace(cst.CSTTransformer):
             "quant_config=vllm_config.quant_config",
             f'prefix=f"{{prefix}}.{name}"',
         ]
-        return [*lines, f"{target} = Attention({', '.join(fields)})"]
+        if "v_head_dim" not in given:
+            return [*lines, f"{target} = Attention({', '.join(fields)})"]
+        self._import(SUPPORT, "AttentionWithSmallValues")
+        return [*lines, f"{target} = AttentionWithSmallValues({given['v_head_dim']}, {', '.join(fields)})"]
 
     def _rope(self, head_dim: str, given: dict[str, str]) -> list[str]:
         self._import(SUPPORT, "supported_rope")
