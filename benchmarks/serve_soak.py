@@ -35,8 +35,7 @@ from porter.runtime.engine import LLM, SamplingParams
 RESULTS = Path(__file__).parent / "results"
 MOST_GROWTH = 0.03
 READINGS = 100
-# At temperature 1 draws are among 49,152 tokens about as likely as each other, and 11 of 8,004 answers differed from
-# the offline ones. Rounding that depends on the batch would do that; whether it was that has not been shown
+# Texts of 11 of 8,004 answers at temperature 1, and of 40 of 8,003 at 0.3, differ from offline; not explained yet
 TEMPERATURE = 0.3
 WORDS = "the of and to in is that it was for on are as with his they at be this have from or one had by"
 
