@@ -100,6 +100,16 @@ def _print(kind: str, rows: list[dict[str, Any]]) -> None:
             (row["side"], *told, spread, "" if ratio is None else f"{ratio:.2f}", f"{row['start_seconds']:.1f}")
         )
     console.table(kind, ("engine", *names, "spread", "porter / it", "start s"), lines)
+    for row in rows:
+        console.say(_memory(row))
+
+
+def _memory(row: dict[str, Any]) -> str:
+    """One line: peaks in GB (10^9 bytes), and how many tokens the KV cache holds."""
+    places = [("host", row["peak_host_bytes"]), ("device", row.get("peak_device_bytes"))]
+    peaks = ", ".join(f"{size / 1e9:.1f} GB on the {place}" for place, size in places if size)
+    cache = f"; its KV cache holds {row['kv_tokens']:,} tokens" if row["kv_tokens"] else ""
+    return f"{row['side']}: at most {peaks}{cache}"
 
 
 def profile(setup: Setup, batch: int, context: int, output: Path | None) -> None:

@@ -93,7 +93,13 @@ def test_throughput_against_transformers(tmp_path: Path, tiny_llama_folder: Call
     assert result.exit_code == 0, result.output
     report = json.loads(output.read_text())
     assert [row["side"] for row in report["sides"]] == ["porter", "hf"]
-    assert report["sides"][0]["kv_tokens"] > 0
+    tokens = report["sides"][0]["kv_tokens"]
+    assert tokens > 0
+    assert f"its KV cache holds {tokens:,} tokens" in " ".join(result.output.split())
+    assert all(
+        f"{row['side']}: at most {row['peak_host_bytes'] / 1e9:.1f} GB on the host" in result.output
+        for row in report["sides"]
+    )
     assert report["sides"][1]["ratio_of_first"]["output_tokens_per_s"] > 0
     assert plot.read_text().startswith("<svg")
 
