@@ -25,6 +25,7 @@ from porter.analyze.unused_weights import weighted
 from porter.analyze.weights import derive
 from porter.emit import emit, target_settings
 from porter.errors import Refusal, SourceError
+from porter.mixers.apart import check_calls, put_back, set_apart
 from porter.passes import edit
 from porter.passes.attend_place import read_attention, turns_queries
 from porter.passes.base import Pass, Stage, discover
@@ -35,6 +36,7 @@ from porter.targets.base import TargetPass, passes_of, stage_of
 from porter.targets.package import package
 
 ROUNDS = 24
+_KEPT = "a layer with a state keeps its own arithmetic, over the runtime's states"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def _convert(source: Source, target: str) -> Conversion:
         _check_entry(facts)
         rules = derive(source, work.original, facts, work.notes)
         model = replace(describe(facts, rules), requires=work.requires())
+        work.put_back()
         work.rewrite_for(target, model)
         code = emit(source, work.tree, model, target)
     except Refusal as refusal:
@@ -143,16 +146,33 @@ class _Work:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.lines: list[int] = []  # source line of each line now
         own = _parse(source.text, source.name)
-        self.tree = _parse(inline_imports(own, source.path).code, source.name)
+        whole = _parse(inline_imports(own, source.path).code, source.name)
+        self.lines = _source_lines(source.text, whole.code)
+        try:
+            marked, self.apart = set_apart(whole)
+        except Refusal as refusal:
+            raise self.located(refusal) from refusal
+        self.tree, kept = _parse(marked.code, source.name), self.lines
         self.own = frozenset(Program.read(own).classes)
         self.config = _parse(source.config_text, "its configuration") if source.config_text else None
         self.original = Program.read(self.tree, self.config)
         self.code = self.tree.code
         self.passes = discover()
         self.notes: dict[str, Any] = {}
-        self.edits: list[Edit] = []
-        self.lines = _source_lines(source.text, self.tree.code)  # source line of each line now
+        self.edits: list[Edit] = [
+            Edit(
+                "STATES",
+                "keep_states",
+                kept[body.line - 1],
+                edit.code(body.original),
+                edit.code(body.definition),
+                _KEPT,
+            )
+            for body in self.apart.bodies.values()
+        ]
+        self.lines = _source_lines(source.text, self.tree.code)
         self.flat = False
         self.checked = False
         self.raised: tuple[frozenset[tuple[str, bool]], ...] = ()  # paths on which the file as it came raises
@@ -164,6 +184,7 @@ class _Work:
     def check(self) -> None:
         """Read every attention on every path of the file as it came, so that a refusal names its own lines."""
         self._count_positions()
+        check_calls(self.facts(), self.apart)
         read_attention(self.facts())
         self.turns = turns_queries(self.facts())
         self.notes["weighted"] = weighted(self.facts().worlds)
@@ -240,6 +261,13 @@ class _Work:
         self._facts = None
         self._record(each, before.splitlines(), after.splitlines())
         return True
+
+    def put_back(self) -> None:
+        """Bring the layers with states in; the tree is no longer executed after that."""
+        before = self.code
+        self.tree = _parse(put_back(self.tree, self.apart).code, self.source.name)
+        self.code = self.tree.code
+        self.lines = [self.lines[min(i, len(self.lines)) - 1] for i in _source_lines(before, self.code)]
 
     def rewrite_for(self, target: str, model: ModelSpec) -> None:
         """Run a target's own passes; the tree is no longer executed after them."""

@@ -54,8 +54,8 @@ KINDS = {
         RefusalKind(
             "P201",
             "no attention, or another kind of mixer",
-            "tokens reach the logits without a softmax over query-key products: a state-space model, linear "
-            "attention, or an encoder's mixer. The paged KV cache does not hold what it needs from step to step.",
+            "tokens reach the logits without a softmax over query-key products, and not through a layer that keeps "
+            "its state in the cache that it is given: an encoder's mixer, or states kept in the module itself.",
             "use an engine that has a cache for this kind of layer",
         ),
         RefusalKind(
@@ -64,6 +64,14 @@ KINDS = {
             "the attention was understood, but its pieces are spread over methods or choices in a way that leaves no "
             "single place for a paged attention layer.",
             "bring projections, attention and output projection of one layer into one forward",
+        ),
+        RefusalKind(
+            "P203",
+            "a layer with a state that the runtime can't keep",
+            "layers that mix tokens through a state are kept as the file has them, over the runtime's states: forward "
+            "is given hidden states and the cache, and keeps its state by update_conv_state, update_recurrent_state, "
+            "has_previous_state, conv_states and recurrent_states. This one needs more than that.",
+            "keep the state through these calls, in the forward of the layer itself",
         ),
         RefusalKind(
             "P300",

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "tests" / "models"
 OLD_SOURCES = Path(os.environ.get("PORTER_OLD_SOURCES", ROOT / ".cache" / "old-sources"))
 SMOLLM2 = Path(os.environ.get("PORTER_SMOLLM2", ROOT / ".demo" / "smollm2"))
-MODERN = ("acorn", "birch", "cedar")
+MODERN = ("acorn", "birch", "cedar", "laurel")
 OLD_STYLE = ("dogwood", "elm", "fir", "ginkgo", "hazel")
 POISONED = ("porter.kernels", "porter.runtime")
 

@@ -15,7 +15,7 @@ from porter.source import load
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
-NAMES = ("acorn", "birch", "cedar", "dogwood", "elm", "fir", "ginkgo", "hazel", "juniper")
+NAMES = ("acorn", "birch", "cedar", "dogwood", "elm", "fir", "ginkgo", "hazel", "juniper", "laurel")
 PORTS = sorted(GOLDEN.glob("*.py"))
 ENDINGS = (".py", ".refused.txt")
 

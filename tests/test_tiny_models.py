@@ -9,7 +9,7 @@ import pytest
 import torch
 
 MODELS = Path(__file__).parent / "models"
-MODERN = ("acorn", "birch", "cedar")
+MODERN = ("acorn", "birch", "cedar", "laurel")
 OLD_STYLE = ("dogwood", "elm", "fir", "ginkgo", "hazel", "juniper")
 
 

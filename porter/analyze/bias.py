@@ -39,6 +39,8 @@ def _read_mask(core: Core, mask: Value) -> bool:
         raise NotUnderstood("a mask that is no tensor")
     if mask.kind == "by_key":
         kinds = {m.kind for m in mask.args[1:] if isinstance(m, Mask)}
+        if kinds & {"causal", "sliding"}:
+            kinds -= {"padding"}  # of layers with states, beside those with attention
         if not kinds <= {"causal", "sliding"}:
             raise NotUnderstood(f"the mask is {', '.join(sorted(kinds - {'causal', 'sliding'}))}, not causal")
         core.by_key = mask

@@ -68,7 +68,7 @@ def _getattr(run: Run, args: list[Value], kwargs: dict[str, Value], node: cst.CS
     if not isinstance(name, Scalar) or not name.known:
         return _open_attribute(run, base, name, node)
     if isinstance(base, Config) and name.const not in SERVING:
-        if len(args) > 2:
+        if len(args) > 2 and name.const not in run.world.config_reads:  # a field read before is there
             run.world.config_reads.setdefault(f"{name.const}?", node or cst.Name("_"))
             source = f"getattr({base.path}, {name.const!r}, {scalars.text(args[2])})"
             return Scalar(op="getattr", args=(args[2],), text=source, size=Poly.symbol(source))

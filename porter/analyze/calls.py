@@ -53,11 +53,20 @@ class Calls(Lookups):
             return symbol(f"{function.text}({inside})")
         if function.op == "select" and all(isinstance(f, Function | Layer | External) for f in function.args[1:]):
             return self._call_selected(function, args, kwargs, node)
+        if function.op == "select" and all(isinstance(f, ClassRef) for f in function.args[1:]):
+            return self.call(self._chosen(function, node), args, kwargs, node)
         if function.op == "attribute":
             return methods.call_method(self, function.args[0], function.attrs["name"], args, kwargs, node)
         tensors = tuple(a for a in [*args, *kwargs.values()] if isinstance(a, Tensor))
         why = {"why": f"the called object is not understood ({function.attrs.get('why', function.op)})"}
         return Tensor(op="unknown", args=tensors, attrs=why) if tensors else Value(op="unknown", attrs=why)
+
+    def _chosen(self, table: Value, node: cst.CSTNode | None) -> Value:
+        """The class of a table that this path's key names; each key is a condition of its own."""
+        for key, each in zip(table.attrs["keys"], table.args[1:], strict=True):
+            if self.truth(scalars.compare("Equal", table.args[0], const(key)), node):
+                return each
+        raise Infeasible
 
     def _call_selected(
         self, function: Value, args: list[Value], kwargs: dict[str, Value], node: cst.CSTNode | None

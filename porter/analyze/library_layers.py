@@ -52,6 +52,7 @@ _RUNTIME = {
     "FusedMoE": ("fused_moe", ("num_experts", "hidden_size", "intermediate_size", "hidden_act")),
     "RotaryEmbedding": ("rotary", ("rope_parameters", "head_dim", "max_position")),
     "Sampler": ("sampler", ()),
+    "StateMixer": ("state_mixer", ()),
 }
 
 
@@ -67,6 +68,8 @@ def layer_attribute(run: Run, base: Layer, name: str, node: cst.CSTNode | None) 
         raise ops_layers.needs_state(run, node)
     if name in base.params and name != "bias":
         return base.params[name]
+    if name == "dtype":
+        return Scalar(op="dtype", text="self.dtype", attrs={"dtype": "same"})
     if name == "bias" and _is_false(base.params.get("bias")):
         return const(None)
     if name in ("weight", "bias") and base.kind in ("linear", "conv1d", "embedding", "layer_norm", "rms_norm"):

@@ -97,6 +97,8 @@ def _runtime_layer(
         )
         tokens = _token_dims(query.shape)
         return build("paged_attention", tuple(args), (*tokens, width), node, layer=target, sizes_only=False)
+    if kind == "state_mixer":
+        return build("state_mixer", (args[0], target), shape, node, layer=target, sizes_only=False)
     if kind == "fused_moe":
         return build("fused_moe", tuple(args), shape, node, layer=target, sizes_only=False)
     tensors2 = tuple(a for a in [*args, *kwargs.values()] if isinstance(a, Tensor))

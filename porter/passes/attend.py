@@ -115,7 +115,7 @@ class Attend(Pass):
 def _require_attention(facts: Facts) -> None:
     for world in facts.worlds:
         for values in world.values.values():
-            if any(v.op == "paged_attention" for v in values):
+            if any(v.op in ("paged_attention", "state_mixer") for v in values):
                 return
     raise Refusal(
         "",

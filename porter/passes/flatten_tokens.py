@@ -50,6 +50,7 @@ TOKENWISE = ELEMENTWISE | frozenset(
         "activation",
         "rms_norm",
         "paged_attention",
+        "state_mixer",
         "fused_moe",
         "dropout",
         "where",

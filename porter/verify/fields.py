@@ -6,10 +6,15 @@ from pathlib import Path
 _READERS = {"get_rope_parameters": "rope_parameters"}
 
 
-def fields_read(port_file: Path) -> frozenset[str]:
-    """Names `x` of every `config.x`, `self.config.x` and `getattr(config, "x", ...)` in the file."""
+def fields_read(port_file: Path, but_in: str = "") -> frozenset[str]:
+    """Names `x` of every `config.x`, `self.config.x` and `getattr(config, "x", ...)` in the file.
+
+    What functions named `but_in` read, such as how weights begin, does not count.
+    """
     tree = ast.parse(port_file.read_text(encoding="utf-8"))
-    return frozenset(name for node in ast.walk(tree) if (name := _field(node)))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == but_in]
+    outside = {id(node) for function in functions for node in ast.walk(function)}
+    return frozenset(name for node in ast.walk(tree) if id(node) not in outside and (name := _field(node)))
 
 
 def _field(node: ast.AST) -> str | None:

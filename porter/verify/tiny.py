@@ -1,5 +1,6 @@
 """A tiny random checkpoint of any config: sizes shrunk by the meaning of a field's name, every weight randomised."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from porter.errors import SourceError
 from porter.verify.reference import asked_of_original, full_logits
@@ -29,9 +30,14 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"^(first_k_dense_replace|num_dense_layers|max_window_layers)$", 1),
     (r"(^n_layers?|num_layers|hidden_layers|decoder_layers|encoder_layers)$", LAYERS),
     (r"(key_value_heads|kv_heads|kv_n_heads)$", 2),
+    (r"(^|_)d_head$", HIDDEN // HEADS),
     (r"(heads?|n_head)$", HEADS),
     (r"(^topk_group|n_groups?|num_expert_group)$", 1),
     (r"(rotary_dim|index_topk)$", 8),
+    (r"(^|_)expand$", 1),  # of state spaces: heads * head_dim = expand * hidden_size
+    (r"(^|_)d_ssm$", HIDDEN),
+    (r"_layer_period$", 2),
+    (r"_layer_offset$", 1),
     (_HEAD_DIM, HIDDEN // HEADS),
     (r"_rank$", 24),
     (r"vocab_size", 131),
@@ -50,6 +56,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
 # What some config classes leave None though their models can't be built without it.
 _NEEDED = r"(key_value_heads$|shared_experts|routed_experts|experts_per_tok|^head_dim)$"
 _KEPT = frozenset({"chunk_size_feed_forward"})
+_KINDS = ("conv", "linear_attention", "full_attention")
 _GENERIC = frozenset(PreTrainedConfig().to_dict()) - {
     "pad_token_id",
     "bos_token_id",
@@ -100,7 +107,24 @@ def shrink(config: PreTrainedConfig, widths: int = 1, /, **overrides: Any) -> Pr
     if "is_decoder" in small:
         small["is_decoder"] = True  # what an encoder's config has to say to be served
     with asked_of_original(f"make a tiny {config.model_type} config", "use --model instead"):
-        return type(config)(**{**small, **overrides})
+        made = type(config)(**{**small, **overrides})
+        return type(config)(**{**small, **_further_kinds(made), **overrides})
+
+
+def _further_kinds(config: PreTrainedConfig) -> dict[str, Any]:
+    """A layer of each kind, if the default has one kind or none and the original knows layers with states besides."""
+    original = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if original is None or not hasattr(config, "layer_types"):
+        return {}
+    text = Path(inspect.getfile(original)).read_text(encoding="utf-8")
+    known = [kind for kind in _KINDS if f'"{kind}"' in text]
+    present = set(config.layer_types or ())
+    if len(known) < 2 or len(present) > 1 or not present <= set(known):
+        return {}
+    counts: dict[str, Any] = {name: len(known) for name in _LAYER_COUNTS if hasattr(config, name)}
+    if hasattr(config, "attn_layer_indices"):
+        return {"attn_layer_indices": [1], **counts}
+    return {"layer_types": known, **counts}
 
 
 def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0, gain: float = 1.0) -> None:

@@ -70,7 +70,7 @@ def variants(config: PreTrainedConfig, port_file: Path, same_release: bool = Tru
 def _fields_of_original(config: PreTrainedConfig) -> frozenset[str]:
     """What the installed file reads: a port that lost a field must be tried with other values of it too."""
     original = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return frozenset() if original is None else fields_read(Path(inspect.getfile(original)))
+    return frozenset() if original is None else fields_read(Path(inspect.getfile(original)), but_in="_init_weights")
 
 
 def _larger_eps(config: PreTrainedConfig) -> dict[str, float]:

@@ -22,7 +22,8 @@ class VocabParallelBase(nn.Module):
         self.tp_size = get_tp_size()
         self.rows = -(-num_embeddings // self.tp_size)
         self.first_row = min(get_tp_rank() * self.rows, num_embeddings)
-        self.linear_method.create_weights(self, embedding_dim, self.rows, torch.get_default_dtype())
+        self.dtype = torch.get_default_dtype()  # of what goes in and out, however the weight is kept
+        self.linear_method.create_weights(self, embedding_dim, self.rows, self.dtype)
         set_parts(self.get_parameter("weight"), {None: self._part((num_embeddings, embedding_dim))})
 
     def _part(self, shape: tuple[int, ...]) -> Part:

@@ -113,7 +113,7 @@ class LinearBase(nn.Module):
         super().__init__()
         self.linear_method = linear_method or UNQUANTIZED
         self.out_per_partition = out_per_partition
-        dtype = torch.get_default_dtype()
+        self.dtype = dtype = torch.get_default_dtype()  # of what goes in and out, however the weight is kept
         self.linear_method.create_weights(self, in_per_partition, out_per_partition, dtype)
         set_parts(self.get_parameter("weight"), weight_parts, num_kv_heads)
         self.bias: nn.Parameter | None = None

@@ -45,7 +45,8 @@ class Original:
             normed = F.layer_norm(x, x.shape[-1:])
             mixed: torch.Tensor = getattr(self, f"_{kind}")(normed, self.weights.get(f"layers.{i}.mixer.weight"))
             x = x + mixed
-        return x @ self.weights["lm_head.weight"].T
+        logits: torch.Tensor = x @ self.weights["lm_head.weight"].T
+        return logits
 
     def _decay(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         decay = weight.tanh()
@@ -57,7 +58,8 @@ class Original:
 
     def _attention(self, x: torch.Tensor, weight: None) -> torch.Tensor:
         scores = (x @ x.T * HIDDEN**-0.5).masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
-        return scores.softmax(-1) @ x
+        attended: torch.Tensor = scores.softmax(-1) @ x
+        return attended
 
     def greedy(self, prompt: Sequence[int]) -> list[int]:
         tokens = list(prompt)
