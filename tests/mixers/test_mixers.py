@@ -1,7 +1,9 @@
 """Layers with states: what is folded, what is derived, what is refused, and that a port of one is right."""
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import libcst as cst
@@ -55,7 +57,8 @@ def folded(body: str, known: dict[str, str]) -> str:
     ],
 )
 def test_what_fixed_values_decide_goes(before: str, after: str) -> None:
-    assert folded(before, {"mask": "None", "self.training": "False"}) == after
+    found = folded(before, {"mask": "None", "self.training": "False"})
+    assert ast.dump(ast.parse(dedent(found))) == ast.dump(ast.parse(dedent(after)))
 
 
 def apart(text: str) -> Any:
