@@ -31,6 +31,13 @@ KINDS = {
             "rewrite it without the branch (torch.where), or as a loop over the layers",
         ),
         RefusalKind(
+            "P102",
+            "too many choices of the config",
+            "porter follows every path that a config can choose, so that the port is right for each of them. "
+            "Independent choices multiply, and what was not followed could compute anything.",
+            "write into the file what the checkpoint's config says of the fields that are named",
+        ),
+        RefusalKind(
             "P110",
             "no causal language model",
             "the file has no class with a forward that ends in logits over the vocabulary, or no path through it "

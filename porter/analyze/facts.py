@@ -53,7 +53,6 @@ class Facts:
     program: Program
     entry: ClassInfo
     worlds: list[World]
-    complete: bool = True
     raised: tuple[frozenset[tuple[str, bool]], ...] = ()  # the decisions of paths on which the file raises
     notes: dict[str, Any] = field(default_factory=dict)  # what passes tell later ones: fused layouts, transposes
 

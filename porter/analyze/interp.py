@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import libcst as cst
 
 from porter.analyze.facts import Facts, World, line_of
@@ -12,7 +14,7 @@ from porter.analyze.statements import Statements
 from porter.analyze.values import Config, Function, Instance, Repeated, Tensor, Value, const
 from porter.errors import Refusal
 
-PATH_LIMIT = 192
+PATH_LIMIT = 128
 
 
 # What a forward argument is bound to when the engine calls it: full sequences, no cache, no training outputs.
@@ -36,7 +38,7 @@ def explore(
     one that is half rewritten may have such sizes for a while.
 
     Raises:
-        Refusal: no path runs to the end; the first failure is shown.
+        Refusal: a path is not understood, none runs to the end, or there are more than PATH_LIMIT.
     """
     entry = entry or program.entry()
     if entry is None:
@@ -50,13 +52,14 @@ def explore(
         )
     worlds: list[World] = []
     todo: list[tuple[tuple[str, bool], ...]] = [()]
-    failure: Refusal | None = None
     raising: list[frozenset[tuple[str, bool]]] = list(raised)
     stop: cst.CSTNode | None = None
     runs = 0
-    while todo and runs < PATH_LIMIT:
+    while todo:
         prefix = todo.pop()
         runs += 1
+        if runs > PATH_LIMIT:
+            raise _too_many(entry, worlds)
         run = Interp(program, prefix, flat, number_paths)
         try:
             world = run.run(entry)
@@ -65,18 +68,21 @@ def explore(
         except Infeasible as error:
             stop = stop or error.node
             raising.append(frozenset(run.trail))
-        except Refusal as refusal:
-            failure = failure or refusal
         trail = run.trail
         todo += [(*trail[:i], (trail[i][0], not trail[i][1])) for i in range(len(prefix), len(trail))]
-    if failure is not None:
-        raise failure
     if not worlds:
         raise _all_raise(program, entry, stop)
-    if not todo:
-        kept = {decision for world in worlds for decision in world.decisions}
-        _forget(worlds, {decision for decisions in raising for decision in decisions} - kept)
-    return Facts(program, entry, worlds, complete=not todo, raised=tuple(raising))
+    kept = {decision for world in worlds for decision in world.decisions}
+    _forget(worlds, {decision for decisions in raising for decision in decisions} - kept)
+    return Facts(program, entry, worlds, raised=tuple(raising))
+
+
+def _too_many(entry: ClassInfo, worlds: list[World]) -> Refusal:
+    """What was not seen could compute anything: facts about some of the paths are none about the file."""
+    counts = Counter(test for world in worlds for test in dict(world.decisions))
+    tests = ", ".join(test for test, _ in counts.most_common(4))
+    why = f"its config chooses between more than {PATH_LIMIT} paths (by {tests}, ...)"
+    return Refusal("", 0, entry.name, why, "write into the file what the checkpoint's config says of these", "P102")
 
 
 def _forget(worlds: list[World], raising: set[tuple[str, bool]]) -> None:

@@ -1,12 +1,14 @@
 """Which paths a file can take: a path on which Python itself would raise is none."""
 
 import libcst as cst
+import pytest
 
 from porter.analyze.interp import explore
 from porter.analyze.poly import Poly
 from porter.analyze.program import Program
 from porter.analyze.settled_sizes import settle
 from porter.analyze.values import Tensor
+from porter.errors import Refusal
 
 FILE = """
 import torch
@@ -122,3 +124,11 @@ def test_joined_pieces_are_as_many_as_were_split() -> None:
     assert world.result.shape is not None
     assert [s.text() for s in world.result.shape[2:]] == ["config.num_heads", "config.hidden_size // config.num_heads"]
     assert not world.result.sizes_only
+
+
+def test_more_paths_than_porter_follows_are_refused_rather_than_some_of_them_taken() -> None:
+    line = "        hidden_states = hidden_states * 2 if self.config.flag_{0} else hidden_states\n"
+    forward = "".join(line.format(i) for i in range(8)) + "        return hidden_states\n"
+    with pytest.raises(Refusal, match="more than 128 paths") as caught:
+        decisions(forward)
+    assert caught.value.code == "P102"
