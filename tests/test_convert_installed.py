@@ -140,3 +140,13 @@ def test_what_no_paged_cache_serves_is_refused_by_its_kind(model_type: str, told
     with pytest.raises(Refusal, match=told) as refused:
         convert(load(model_type))
     assert refused.value.line > 1
+
+
+def test_a_clamp_between_a_fused_projection_and_its_split_stays() -> None:
+    code = converted("mpt").code
+    assert (
+        code.index("self.Wqkv(")
+        < code.index(".clamp(")
+        < code.index(".chunk(3, dim=-1)")
+        < code.index("self.attn(query")
+    )

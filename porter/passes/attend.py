@@ -148,7 +148,8 @@ class _Rewrite(LayerSource):
         else:
             self.names = [self._target(i, self._statement(self.first.sources[i])) for i in range(3)]
         made: dict[cst.SimpleStatementLine, dict[str, None]] = {}
-        for found in self.group.found:
+        alike = [f for f in self.group.found if bool(f.core.fused) == bool(self.first.core.fused)]
+        for found in alike:
             for statement, line in self._split(found) if found.core.fused else self._assigned(found):
                 made.setdefault(statement, {})[line] = None
         for statement, lines in made.items():

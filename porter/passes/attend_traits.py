@@ -34,7 +34,8 @@ class TraitSource:
 
     @property
     def first(self) -> Found:
-        return self.group.found[0]
+        """The one to go by: if the file itself takes q, k and v apart on some path, its names hold on all."""
+        return min(self.group.found, key=lambda found: bool(found.core.fused))
 
     def _vary(self, found: list[Found], text: object) -> str:
         assert callable(text)
