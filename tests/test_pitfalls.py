@@ -314,12 +314,13 @@ def test_positions_counted_from_the_mask_do_not_run_on_from_sequence_to_sequence
     assert "cumsum" not in code
 
 
-def test_positions_that_the_file_counts_from_a_padding_id_on_keep_that_start() -> None:
+@pytest.mark.parametrize("ids", ["input_ids", "input_ids.view(-1, input_ids.shape[-1])"])
+def test_positions_that_the_file_counts_from_a_padding_id_on_keep_that_start(ids: str) -> None:
     """Nobody gives the original positions; it counts from padding_idx + 1 on, and a plain count would be other rows."""
     code = port(
-        positions="""
+        positions=f"""
         if position_ids is None:
-            mask = input_ids.ne(self.config.pad_token_id).int()
+            mask = {ids}.ne(self.config.pad_token_id).int()
             position_ids = (torch.cumsum(mask, dim=1) * mask).long() + self.config.pad_token_id
         hidden_states = hidden_states + self.embed_positions(position_ids)"""
     )

@@ -170,7 +170,10 @@ def _pairwise(call: Call) -> Any:
 
 def _asks_for_padding(call: Call) -> bool:
     """`input_ids != pad_token_id`: the engine pads nothing, and a sequence holds no padding token."""
-    return call.args[0].op == "input_ids" and isinstance(call.args[1], Scalar) and "pad" in call.args[1].text
+    ids = call.args[0]
+    while ids.op in ("view", "reshape"):
+        ids = ids.args[0]
+    return ids.op == "input_ids" and isinstance(call.args[1], Scalar) and "pad" in call.args[1].text
 
 
 @rule("where")

@@ -9,6 +9,7 @@ import numpy as np
 from porter.analyze.core import PROJECTED, Core, Rotation, layout_chain
 from porter.analyze.counting import LONG
 from porter.analyze.evaluate import Evaluator
+from porter.analyze.flows import tensors_behind
 from porter.analyze.point import Point, Unevaluable, guess
 from porter.analyze.values import Scalar, Tensor, Value
 
@@ -67,7 +68,8 @@ def _is_same_far_on(value: Tensor, before: Tensor, point: Point, first: tuple[bo
 
 
 def turns(value: Value) -> bool:
-    return any(v.op in ("cos", "sin", "polar") for v in value.walk(PROJECTED))
+    """Whether a value holds sines of something since it was projected; the size of what does says nothing."""
+    return any(v.op in ("cos", "sin", "polar") for v in tensors_behind(value, PROJECTED))
 
 
 def depends_on_positions(value: Value) -> bool:

@@ -6,6 +6,7 @@ import pytest
 from porter.analyze.interp import explore
 from porter.analyze.poly import Poly
 from porter.analyze.program import Program
+from porter.analyze.rotation import turns
 from porter.analyze.settled_sizes import settle
 from porter.analyze.values import Tensor
 from porter.errors import Refusal
@@ -132,3 +133,16 @@ def test_more_paths_than_porter_follows_are_refused_rather_than_some_of_them_tak
     with pytest.raises(Refusal, match="more than 128 paths") as caught:
         decisions(forward)
     assert caught.value.code == "P102"
+
+
+def test_the_size_of_what_was_turned_turns_nothing() -> None:
+    init = "        self.proj = nn.Linear(config.hidden_size, config.hidden_size)"
+    forward = """
+        summed = hidden_states + torch.sin(torch.arange(self.config.hidden_size))
+        return self.proj(hidden_states).view(summed.shape){more}
+"""
+    for more, turned in (("", False), (" * torch.cos(summed)", True)):
+        source = FILE.format(forward=forward.format(more=more), init=init)
+        (world,) = explore(Program.read(cst.parse_module(source))).worlds
+        assert world.result is not None
+        assert turns(world.result) is turned
