@@ -118,7 +118,10 @@ def _stand_in(info: ClassInfo) -> edit.Edit:
 
 
 def _with_body(node: cst.FunctionDef, body: list[cst.SimpleStatementLine]) -> cst.FunctionDef:
-    return node.with_changes(body=cst.IndentedBlock(body), decorators=[])
+    """The function with another body; what annotates further keywords would keep its import."""
+    star = node.params.star_kwarg
+    params = node.params.with_changes(star_kwarg=star.with_changes(annotation=None) if star is not None else None)
+    return node.with_changes(params=params, body=cst.IndentedBlock(body), decorators=[])
 
 
 def _with(definition: cst.ClassDef, helpers: list[cst.BaseStatement]) -> edit.Edit:

@@ -16,6 +16,7 @@ from porter.passes.drop_unreached import KEPT_DECORATORS
 
 UPDATES = frozenset({"update_conv_state", "update_recurrent_state"})
 READS = frozenset({"conv_states", "recurrent_states"})
+_OF_MODULES = frozenset({"training", "register_buffer", "register_parameter", "register_module", "add_module"})
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def kept_class(program: Program, info: ClassInfo) -> Body:
     methods["forward"] = mixed
     definition = _class(program, info, _called(methods), {*info.methods} - set(methods), _resumes(mixed))
     _check_states(program, info, definition)
+    _check_attributes(program, info, definition)
     return Body(definition, dropped, info.node, line_of(program.tree, info.node))
 
 
@@ -83,6 +85,36 @@ def _check_states(program: Program, info: ClassInfo, definition: cst.ClassDef) -
     if used - allowed:
         what = f"cache.{sorted(used - allowed)[0]}"
         raise _refusal(program, info.methods["forward"].node, what, "the runtime's states have no such thing")
+
+
+def _check_attributes(program: Program, info: ClassInfo, definition: cst.ClassDef) -> None:
+    """Refuse a body that reads what its own class never sets: another class may set it, and that is not kept."""
+    methods = {s.name.value for s in definition.body.body if isinstance(s, cst.FunctionDef)}
+    known = {*info.constants, *methods, *_OF_MODULES, *_attributes_set(definition)}
+    for node in edit.walk(definition):
+        if isinstance(node, cst.Attribute) and edit.code(node.value) == "self" and node.attr.value not in known:
+            what = f"self.{node.attr.value}"
+            told = "a layer with a state reads it, and no method of its class that the port keeps sets it"
+            raise Refusal("", _line_reading(program, info, what), what, told, "set it in __init__ of the layer", "P203")
+
+
+def _line_reading(program: Program, info: ClassInfo, what: str) -> int:
+    found = [n for n in edit.walk(info.node) if isinstance(n, cst.Attribute) and edit.code(n) == what]
+    return line_of(program.tree, found[0] if found else info.node)
+
+
+def _attributes_set(definition: cst.ClassDef) -> set[str]:
+    """Attributes that methods assign to `self` or register there."""
+    found: set[str] = set()
+    for node in edit.walk(definition):
+        if isinstance(node, cst.Assign | cst.AnnAssign | cst.AugAssign):
+            leaves = [x for target in edit.targets(node) for x in edit.leaves(target)]
+            own = [x for x in leaves if isinstance(x, cst.Attribute) and edit.code(x.value) == "self"]
+            found |= {x.attr.value for x in own}
+        elif isinstance(node, cst.Call) and edit.code(node.func) in {f"self.{name}" for name in _OF_MODULES}:
+            first = node.args[0].value if node.args else None
+            found |= {str(first.evaluated_value)} if isinstance(first, cst.SimpleString) else set()
+    return found
 
 
 def _refusal(program: Program, node: cst.CSTNode, what: str, why: str) -> Refusal:

@@ -51,6 +51,9 @@ class _Fold(cst.CSTTransformer):
     def visit_Param(self, node: cst.Param) -> bool:
         return False
 
+    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
+        return False
+
     def visit_AssignTarget(self, node: cst.AssignTarget) -> bool:
         return not isinstance(node.target, cst.Name | cst.Tuple)
 
@@ -62,6 +65,9 @@ class _Fold(cst.CSTTransformer):
         return cst.Name(self.known[text]) if text in self.known else updated_node
 
     def leave_Comparison(self, original_node: cst.Comparison, updated_node: cst.Comparison) -> Any:
+        text = edit.code(original_node.with_changes(lpar=[], rpar=[]))
+        if text in self.known:
+            return cst.Name(self.known[text])
         if len(updated_node.comparisons) != 1 or edit.code(updated_node.comparisons[0].comparator) != "None":
             return updated_node
         operator, left = updated_node.comparisons[0].operator, edit.code(updated_node.left)
@@ -112,8 +118,10 @@ def _inside(outer: cst.BaseExpression, inner: cst.BaseExpression) -> cst.BaseExp
 
 
 def _truth(node: cst.BaseExpression) -> bool | None:
-    text = edit.code(node)
-    return {"True": True, "False": False, "None": False}.get(text)
+    if isinstance(node, cst.BooleanOperation) and not any(isinstance(x, cst.Call) for x in edit.walk(node)):
+        decisive = isinstance(node.operator, cst.Or)
+        return decisive if _truth(node.right) is decisive else None
+    return {"True": True, "False": False, "None": False}.get(edit.code(node).strip("()"))
 
 
 def _assignments(function: cst.FunctionDef) -> dict[str, list[cst.CSTNode]]:
@@ -124,6 +132,8 @@ def _assignments(function: cst.FunctionDef) -> dict[str, list[cst.CSTNode]]:
             bound = [x for target in edit.targets(node) for x in edit.leaves(target)]
         elif isinstance(node, cst.For | cst.CompFor | cst.NamedExpr):
             bound = edit.leaves(node.target)
+        elif isinstance(node, cst.ImportAlias):
+            bound = [node.asname.name if node.asname is not None else node.name]
         else:
             continue
         for target in bound:
@@ -144,7 +154,11 @@ def _settled(function: cst.FunctionDef) -> dict[str, str]:
 
 def _without_dead(function: cst.FunctionDef) -> cst.FunctionDef:
     """Without bindings of names that nothing reads, where nothing is called for them, and calls of loggers."""
-    read = edit.names_read(function.body)
+    lines = [s for s in edit.walk(function.body) if isinstance(s, cst.SimpleStatementLine)]
+    imports: dict[cst.CSTNode, edit.Edit] = {s: edit.remove for s in lines if isinstance(s.body[0], cst.ImportFrom)}
+    bare = edit.rewrite(cst.Module([function]), imports).body[0]
+    assert isinstance(bare, cst.FunctionDef)
+    read = edit.names_read(bare.body)
     edits: dict[cst.CSTNode, edit.Edit] = {}
     for node in edit.walk(function.body):
         dead = isinstance(node, cst.SimpleStatementLine) and all(_is_dead(small, read) for small in node.body)

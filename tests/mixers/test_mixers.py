@@ -50,6 +50,11 @@ def folded(body: str, known: dict[str, str]) -> str:
             "    if (\n        x\n        and x.y\n        and not mask\n    ):\n        x = 1\n",
             "    if (\n        x\n        and x.y):\n        x = 1\n",
         ),
+        ("    if x and mask is not None:\n        x = mask()\n    return x\n", "    return x\n"),
+        (
+            "    if x:\n        from a import y\n    else:\n        y = None\n    return y is not None\n",
+            "    if x:\n        from a import y\n    else:\n        y = None\n    return y is not None\n",
+        ),
         (
             "    y = None\n    y = x.mask\n    return g(mask=y)\n",
             "    y = None\n    y = x.mask\n    return g(mask=y)\n",
@@ -59,6 +64,11 @@ def folded(body: str, known: dict[str, str]) -> str:
 def test_what_fixed_values_decide_goes(before: str, after: str) -> None:
     found = folded(before, {"mask": "None", "self.training": "False"})
     assert ast.dump(ast.parse(dedent(found))) == ast.dump(ast.parse(dedent(after)))
+
+
+def test_a_comparison_that_is_known_goes() -> None:
+    found = folded("    if x and x == 1:\n        x = states.old\n    return x\n", {"x == 1": "False"})
+    assert dedent(found).strip() == "return x"
 
 
 def apart(text: str) -> Any:
@@ -93,6 +103,7 @@ def test_a_forward_that_ignores_its_state_does_not(before: str, after: str) -> N
             "attention_mask=hidden_states)\n        else:",
             "hidden states only",
         ),
+        ("        self.in_proj = nn.Linear", "        unused = nn.Linear", "sets it"),
         ("class LaurelMixer(nn.Module)", "class LaurelMixer(LaurelMLP)", "not updated by its own forward"),
     ],
 )
