@@ -21,6 +21,7 @@ from porter.serve.options import ServeOptions
 from porter.serve.service import Service
 from porter.serve.tokenizing import Tokenizing
 
+_BACKLOG = 2048  # connections that wait to be accepted
 _CONNECTIONS_TIMEOUT = 5  # seconds that a slow reader has for its last bytes
 
 
@@ -40,6 +41,7 @@ async def _serve(options: ServeOptions, listener: socket.socket) -> int:
             return 0
         server = _Uvicorn(_config(service))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
+        listener.listen(_BACKLOG)  # uvicorn will, a little later; who reads the next line may call at once
         console.say(f"serving {service.model_names[0]} at {_url(listener)}")
         ends: tuple[asyncio.Future[Any], ...] = (serving, stop, asyncio.create_task(client.broken.wait()))
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
