@@ -71,6 +71,8 @@ _UNCHANGED = _BEFORE.replace(
     "current = nn.functional.linear(self.act_fn(gate) * (up + 1), self.down_proj[expert_idx])",
 )
 
+_PLAIN = ("self.act_fn = nn.SiLU()", "self.act_fn = nn.functional.silu")
+
 
 class FuseExperts(Pass):
     """Experts `[E, 2I, H]` and `[E, H, I]` with act(gate) * up, weighted and summed over the chosen ones."""
@@ -78,7 +80,7 @@ class FuseExperts(Pass):
     stage = Stage.FUSE
     flat = True
     reason = "the loop over experts computes exactly a fused mixture of experts"
-    EXAMPLES = (Example(_BEFORE, _AFTER),)
+    EXAMPLES = (Example(_BEFORE, _AFTER), Example(_BEFORE.replace(*_PLAIN), _AFTER.replace(*_PLAIN)))
     UNCHANGED = (Unchanged(_UNCHANGED, "the experts are not plainly gated: one is added to up"),)
 
     def apply(self, facts: Facts) -> cst.Module:
@@ -92,6 +94,9 @@ class FuseExperts(Pass):
                 edits.update(_replace(facts, name, text))
         tree = edit.rewrite(facts.program.tree, edits)
         return edit.add_imports(tree, {MOE: ["FusedMoE"]}) if edits else tree
+
+
+_FUNCTIONS = frozenset({"silu", "relu", "gelu"})  # which their plain calls compute as the layers of these names do
 
 
 def _experts(record: CallRecord) -> str | None:
@@ -110,12 +115,10 @@ def _experts(record: CallRecord) -> str | None:
     experts, inter, hidden = shapes[1][0], shapes[1][2], shapes[1][1]
     if shapes[0] != (experts, inter * Poly.const(2), hidden):
         return None
-    name = activation.params.get("name")
-    act = scalars.text(name) if name is not None else "'silu'"
-    return f"FusedMoE({experts.text()}, {hidden.text()}, {inter.text()}, {act})"
+    return f"FusedMoE({experts.text()}, {hidden.text()}, {inter.text()}, {activation})"
 
 
-def _activation(added: Value, weights: list[Tensor], inputs: list[Tensor]) -> Layer | None:
+def _activation(added: Value, weights: list[Tensor], inputs: list[Tensor]) -> str | None:
     """Follow index_add <- weight * down(act(gate) * up), gate and up being the halves of one product."""
     current = _past_casts(added.args[3]) if len(added.args) > 3 else None
     if current is None or current.op != "mul" or not _from(current.args[1], inputs[2]):
@@ -124,14 +127,25 @@ def _activation(added: Value, weights: list[Tensor], inputs: list[Tensor]) -> La
     if down.op != "linear" or not _from(down.args[1], weights[1]):
         return None
     gated = _past_casts(down.args[0])
-    if gated.op != "mul" or gated.args[0].op != "activation" or gated.args[1].op != "piece":
+    if gated.op != "mul" or not gated.args[0].args or gated.args[1].op != "piece":
         return None
     gate, up = gated.args[0].args[0], gated.args[1]
     if gate.op != "piece" or gate.args[0] is not up.args[0] or gate.attrs["start"] != Poly.const(0):
         return None
-    product, layer = gate.args[0], gated.args[0].args[1]
+    product = gate.args[0]
     ok = product.op == "linear" and _from(product.args[1], weights[0]) and _from(product.args[0], inputs[0])
-    return layer if ok and isinstance(layer, Layer) else None
+    return _name(gated.args[0]) if ok else None
+
+
+def _name(activated: Value) -> str | None:
+    """Source of an activation's name: of a layer that the config chooses, or of a function that the file calls."""
+    if activated.op in _FUNCTIONS and len(activated.args) == 1 and not activated.attrs.get("kw"):
+        return repr(activated.op)
+    layer = activated.args[1] if activated.op == "activation" else None
+    if not isinstance(layer, Layer):
+        return None
+    name = layer.params.get("name")
+    return scalars.text(name) if name is not None else "'silu'"
 
 
 def _past_casts(value: Value) -> Value:
