@@ -192,3 +192,9 @@ def test_values_smaller_than_keys_are_padded_and_cut(support: Any) -> None:
 def test_values_larger_than_keys_are_refused(support: Any) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         support.AttentionWithSmallValues(8, 3, 4, 1.0, num_kv_heads=3)
+
+
+def test_a_layer_without_sinks_has_nothing_to_shard(support: Any) -> None:
+    support.shard_heads(None)
+    support.shard_heads(sinks := nn.Parameter(torch.zeros(4)))
+    assert "weight_loader" in vars(sinks)
