@@ -21,7 +21,7 @@ ACORN = MODELS / "acorn" / "modeling_acorn.py"
 REFUSED = {
     "aspen": ("torch.cumsum(hidden_states", "along the sequence"),
     "larch": ("self.conv(", "along the sequence"),
-    "maple": ("a condition on a tensor", "depends on data"),
+    "maple": ("for t in range(seq_length)", "goes from token to token"),
     "yew": ("no causal language model", "ForCausalLM"),
     "alder": ("no causal language model", "ForCausalLM"),
 }
@@ -172,7 +172,7 @@ def test_a_refusal_gives_file_line_construct_reason_and_remedy(name: str) -> Non
     assert "\n" not in str(refusal)
 
 
-@pytest.mark.parametrize(("name", "code"), [("aspen", "torch.cumsum"), ("maple", "if "), ("larch", "self.conv(")])
+@pytest.mark.parametrize(("name", "code"), [("aspen", "torch.cumsum"), ("maple", "for t in range"), ("larch", "self.conv(")])
 def test_the_line_of_a_refusal_is_that_of_the_construct(name: str, code: str) -> None:
     path = MODELS / "bad" / f"modeling_{name}.py"
     with pytest.raises(Refusal) as caught:

@@ -149,7 +149,7 @@ def test_a_config_that_lacks_a_field_is_one_line(checkpoint: Path, tmp_path: Pat
     port.write_text(PORT.read_text().replace("config.mlp_bias", "config.no_such_field"))
     result = CliRunner().invoke(app, ["ledger", "--model", str(checkpoint), "--port", str(port)])
     assert result.exit_code == 2
-    assert "config.no_such_field, which this llama config lacks" in result.stderr
+    assert "reads no_such_field, which this config does not have" in result.stderr
 
 
 def test_a_hub_repository_needs_no_more_than_its_headers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
