@@ -172,7 +172,9 @@ def test_a_refusal_gives_file_line_construct_reason_and_remedy(name: str) -> Non
     assert "\n" not in str(refusal)
 
 
-@pytest.mark.parametrize(("name", "code"), [("aspen", "torch.cumsum"), ("maple", "for t in range"), ("larch", "self.conv(")])
+@pytest.mark.parametrize(
+    ("name", "code"), [("aspen", "torch.cumsum"), ("maple", "for t in range"), ("larch", "self.conv(")]
+)
 def test_the_line_of_a_refusal_is_that_of_the_construct(name: str, code: str) -> None:
     path = MODELS / "bad" / f"modeling_{name}.py"
     with pytest.raises(Refusal) as caught:
