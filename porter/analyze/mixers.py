@@ -12,6 +12,7 @@ from itertools import combinations
 import libcst as cst
 
 from porter.analyze.program import ClassInfo, FunctionInfo, Program, full_name
+from porter.passes import edit
 
 _OF_TOKENS = frozenset({"position_ids", "position_embeddings", "past_key_values"})  # what no router of experts gets
 
@@ -52,18 +53,12 @@ def _reached(program: Program, entry: ClassInfo) -> Iterator[FunctionInfo]:
         nodes: list[cst.CSTNode] = [f.node for f in functions]
         nodes += [program.constants[name]] if name in program.constants else []
         for node in nodes:
-            todo += [n.value for n in _walk(node) if isinstance(n, cst.Name) and n.value not in seen]
-
-
-def _walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-    yield node
-    for child in node.children:
-        yield from _walk(child)
+            todo += [n.value for n in edit.walk(node) if isinstance(n, cst.Name) and n.value not in seen]
 
 
 def _calls(node: cst.CSTNode, *names: str) -> Iterator[cst.Call]:
     """Calls of functions or methods by their last names."""
-    for call in _walk(node):
+    for call in edit.walk(node):
         if isinstance(call, cst.Call):
             last = call.func.attr.value if isinstance(call.func, cst.Attribute) else full_name(call.func)
             if last in names:
@@ -71,12 +66,12 @@ def _calls(node: cst.CSTNode, *names: str) -> Iterator[cst.Call]:
 
 
 def _names(node: cst.CSTNode) -> set[str]:
-    return {n.value for n in _walk(node) if isinstance(n, cst.Name)}
+    return {n.value for n in edit.walk(node) if isinstance(n, cst.Name)}
 
 
 def _assignments(node: cst.CSTNode) -> Iterator[tuple[set[str], cst.BaseExpression]]:
     """(names assigned, value) of the assignments below a node."""
-    for each in _walk(node):
+    for each in edit.walk(node):
         if isinstance(each, cst.Assign):
             targets = [t.target for t in each.targets]
             yield (
@@ -96,7 +91,7 @@ def _from(function: cst.CSTNode, roots: set[str]) -> set[str]:
 def _recurrence(function: cst.FunctionDef, program: Program) -> cst.CSTNode | None:
     """A loop over positions whose turns hand a value on: `for t in range(length): state = f(state, x[:, t])`."""
     lengths = _from(function, {n for names, value in _assignments(function) if _is_size(value) for n in names})
-    for loop in _walk(function):
+    for loop in edit.walk(function):
         bound: cst.CSTNode
         places: cst.CSTNode
         if isinstance(loop, cst.For) and next(_calls(loop.iter, "range"), None) is not None:
@@ -118,12 +113,12 @@ def _carries(body: cst.CSTNode) -> bool:
 
 
 def _is_size(value: cst.CSTNode) -> bool:
-    return any(isinstance(n, cst.Attribute) and n.attr.value in ("shape", "size") for n in _walk(value))
+    return any(isinstance(n, cst.Attribute) and n.attr.value in ("shape", "size") for n in edit.walk(value))
 
 
 def _picks(body: cst.CSTNode, places: set[str]) -> bool:
     """Whether an item or a slice along an axis that is not the first is taken at one of `places`."""
-    subscripts = [n for n in _walk(body) if isinstance(n, cst.Subscript) and len(n.slice) > 1]
+    subscripts = [n for n in edit.walk(body) if isinstance(n, cst.Subscript) and len(n.slice) > 1]
     return any(_names(element) & places for s in subscripts for element in s.slice[1:])
 
 
@@ -147,7 +142,7 @@ def _streams(function: cst.FunctionDef, program: Program) -> cst.CSTNode | None:
     """One method called with two queries on the same keys and values."""
     calls = [
         c
-        for c in _walk(function)
+        for c in edit.walk(function)
         if isinstance(c, cst.Call) and full_name(c.func).startswith("self.") and len(c.args) > 2
     ]
     for one, other in combinations(calls, 2):
@@ -176,7 +171,7 @@ def _shared_keys(function: cst.FunctionDef, program: Program) -> cst.CSTNode | N
     params = {p.name.value for p in (*function.params.params, *function.params.kwonly_params)}
     read: dict[str, cst.CSTNode] = {}
     written: set[str] = set()
-    for each in (n for n in _walk(function) if isinstance(n, cst.Assign)):
+    for each in (n for n in edit.walk(function) if isinstance(n, cst.Assign)):
         target, value = each.targets[0].target, each.value
         if isinstance(target, cst.Tuple) and len(target.elements) == 2 and isinstance(value, cst.Subscript):
             read.setdefault(full_name(value.value), value)
@@ -187,10 +182,10 @@ def _shared_keys(function: cst.FunctionDef, program: Program) -> cst.CSTNode | N
 
 def _run_again(function: cst.FunctionDef, program: Program) -> cst.CSTNode | None:
     """A part of the model that a loop runs again and again, with a cache."""
-    for loop in _walk(function):
+    for loop in edit.walk(function):
         if not isinstance(loop, cst.For) or next(_calls(loop.iter, "range"), None) is None:
             continue
-        for call in _walk(loop.body):
+        for call in edit.walk(loop.body):
             part = isinstance(call, cst.Call) and full_name(call.func).startswith("self.")
             if part and any(full_name(a.value) == "past_key_values" for a in cst.ensure_type(call, cst.Call).args):
                 return call
